@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'FORMAT', 'VERSION', 'kit_name', 'upstream_name', 'infer_config', 'check_shapes', 'Entries', 'atomic_path',
-           'write_safetensors', 'save_world_model', 'jsonable', 'load_world_model', 'read_card', 'to_upstream',
-           'save_upstream', 'write_json', 'RunFolder']
+           'write_safetensors', 'save_world_model', 'jsonable', 'no_weights', 'load_world_model', 'read_card',
+           'to_upstream', 'save_upstream', 'write_json', 'RunFolder']
 
-# %% ../nbs/13_checkpoint.ipynb #e8968c58
+# %% ../nbs/13_checkpoint.ipynb #916c8689
 import contextlib, dataclasses, json, math, os, pickle, re, shutil, warnings
 from collections import Counter
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from .config import ConfigError, machine, nearest, override, pick_device, versions
-from .tasks import ACTION_DIMS, MAX_ACTION, MAX_OBS, action_mask, task_set
+from .config import ConfigError, machine, nearest, pick_device, versions
+from .tasks import MAX_ACTION, MAX_OBS, task_set
 from .world_model import LOG_STD_MAX, LOG_STD_MIN, SIZES, ModelConfig, WorldModel
 
 # %% ../nbs/13_checkpoint.ipynb #d2337854
@@ -104,12 +105,12 @@ def check_shapes(
         f"wrong shapes: {_some(wrong)}"] * bool(wrong)
     if problems: raise ConfigError(f"{source}: does not fit a world model of size {model.cfg.size} ({'; '.join(problems)}). Is the file complete, and a TD-MPC2 checkpoint?")
 
-# %% ../nbs/13_checkpoint.ipynb #dae660ea
+# %% ../nbs/13_checkpoint.ipynb #a9df41e2
 @contextlib.contextmanager
 def _quiet():
     "torch warns about its own storage and quantized-tensor classes while it reads old files; there is nothing that a user could do."
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(TypedStorage|quantiz|pickle protocol)")
+        warnings.filterwarnings("ignore", message=".*(TypedStorage|quantiz|pickle protocol|TorchScript)")
         yield
 
 def _read_torch(
@@ -119,7 +120,9 @@ def _read_torch(
     "What `torch.save` wrote, without running code from it; raises `ConfigError`."
     again = "Download or copy it again."
     try:
-        with _quiet(): return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with _quiet(), open(path, "rb") as f:  # torch.load goes by the suffix if it is given a path that ends so
+            by_path = zipped and path.suffix != ".safetensors"
+            return torch.load(path if by_path else f, map_location="cpu", weights_only=True, mmap=by_path)
     except pickle.UnpicklingError as e:
         if m := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise ConfigError(f"{path}: refused: reading it would run code that it names ({m[1]}). A checkpoint holds tensors and nothing else; ask its author for "
@@ -128,7 +131,8 @@ def _read_torch(
     except (KeyboardInterrupt, MemoryError): raise
     except Exception as e:  # A damaged pickle fails in any way
         what = "truncated or damaged" if re.search("central directory|EOF|Invalid argument|zip archive", f"{type(e).__name__} {e}") else "not a checkpoint that torch can read"
-        raise ConfigError(f"{path}: {what} ({path.stat().st_size:,} bytes; {(str(e).splitlines() or [type(e).__name__])[0][:120]}). {again}") from None
+        why = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0][:120]
+        raise ConfigError(f"{path}: {what} ({path.stat().st_size:,} bytes; {why}). {again}") from None
 
 # %% ../nbs/13_checkpoint.ipynb #12982df6
 class Entries(NamedTuple):
@@ -311,10 +315,18 @@ def _tasks_of(
             raise ConfigError(f"{e.path}: it takes {cfg.obs_dim} observations and {cfg.action_dim} actions; {t.name} has {t.obs_dim} and {t.action_dim}.")
     return given
 
-# %% ../nbs/13_checkpoint.ipynb #68410a52
-def _check_extras(e:Entries, model:WorldModel, mask:Tensor):
+# %% ../nbs/13_checkpoint.ipynb #a0edea47
+class no_weights(TorchFunctionMode):
+    "Build modules whose parameters have shapes and no memory, quickly: on the meta device, without initialization."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init": return args[0] if args else next(iter(kwargs.values()))
+        if func in (torch.empty, torch.zeros, torch.ones): kwargs = (kwargs or {}) | dict(device="meta")
+        return func(*args, **(kwargs or {}))
+
+# %% ../nbs/13_checkpoint.ipynb #716fd6cb
+def _check_extras(e:Entries, model:WorldModel):
     "Raise `ConfigError` where an upstream file's constants contradict the model."
-    for k, want in (("log_std_min", LOG_STD_MIN), ("log_std_dif", LOG_STD_MAX - LOG_STD_MIN), ("_action_masks", mask)):
+    for k, want in (("log_std_min", LOG_STD_MIN), ("log_std_dif", LOG_STD_MAX - LOG_STD_MIN), ("_action_masks", model.action_mask)):
         v = e.extras.get(k)
         if not isinstance(v, Tensor) or v.is_meta: continue
         want = torch.as_tensor(want, dtype=torch.float32)
@@ -324,22 +336,22 @@ def _check_extras(e:Entries, model:WorldModel, mask:Tensor):
             raise ConfigError(f"{e.path}: {k} is not what this model uses. {hint}")
 
 def _model_of(e:Entries, tasks=None) -> WorldModel:
-    "The model that a checkpoint fits, on the meta device (without memory), all names and shapes checked; raises `ConfigError`."
+    "The model that a checkpoint fits, still without weights, all names and shapes checked; raises `ConfigError`."
     try: cfg = ModelConfig(**e.card["model"]) if e.card else infer_config(e.shapes, e.path)
     except (ConfigError, TypeError) as err: raise err if str(e.path) in str(err) else ConfigError(f"{e.path}: {err}") from None
     names = _tasks_of(e, cfg, tasks)
     try:
         if cfg.num_enc_layers > len(e.shapes): raise ConfigError(f"there cannot be {cfg.num_enc_layers} encoder layers in {len(e.shapes)} tensors.")
-        with torch.device("meta"): model = WorldModel(cfg, names)
+        with no_weights(): model = WorldModel(cfg, names)
     except ConfigError as err: raise ConfigError(f"{e.path}: {err}") from None
-    except (RuntimeError, OverflowError) as err: raise ConfigError(f"{e.path}: its header is broken (no tensor can have such widths: {str(err).splitlines()[0][:80]})") from None
+    except (RuntimeError, OverflowError, TypeError, ValueError) as err: raise ConfigError(f"{e.path}: its header is broken (no tensor can have such widths: {str(err).splitlines()[0][:80]})") from None
     no_target = not any(k.startswith("target_") for k in e.shapes)
     shapes = e.shapes | {f"target_{k}": s for k, s in e.shapes.items() if no_target and k.startswith("q_heads.")}
     layout = "2023" if any(re.fullmatch(r"_Qs\.params\.\d+", k) for k in e.keys.values()) else "2025"
     check_shapes(shapes, model, e.path, lambda k: e.keys.get(k) or (k if e.card else upstream_name(k, layout)))
     return model
 
-# %% ../nbs/13_checkpoint.ipynb #e9515f70
+# %% ../nbs/13_checkpoint.ipynb #d307606c
 def _warn_if_zero(
     path,        # For the message
     quantized,   # (zeros, weights, scales) of each quantized tensor
@@ -362,9 +374,7 @@ def load_world_model(
     device, dtype = pick_device(device), _dtype(dtype)
     e = _open(path)
     model = _model_of(e, tasks)
-    mask = torch.ones(1, model.cfg.action_dim) if model.tasks is None else torch.from_numpy(
-        action_mask([t.index for t in task_set(model.tasks)], model.cfg.action_dim))
-    _check_extras(e, model, mask)
+    _check_extras(e, model)
     state, quantized = {}, []
     for name in model.state_dict():
         if name not in e.keys: state[name] = state[name.removeprefix("target_")].clone(); continue
@@ -372,7 +382,7 @@ def load_world_model(
         state[name] = _convert(t, dtype, device, e.path, e.keys[name])
         if t.is_quantized: quantized.append((int((state[name] == 0).sum()), t.numel(), _scales(t)))
     model.load_state_dict(state, assign=True)
-    model.action_mask = mask.to(device, dtype)
+    model.action_mask = model.action_mask.to(device, dtype)
     if quantized: _warn_if_zero(e.path, quantized)
     return model.eval()
 

@@ -7,7 +7,7 @@ __all__ = ['EPISODE', 'MANIFEST_VERSION', 'PRELOAD_BYTES', 'Rows', 'pack_rows', 
            'episode_seed', 'roll', 'collect', 'ChunkArray', 'Chunk', 'open_chunk', 'read_chunk', 'iter_chunk',
            'chunk_files', 'convert_chunks', 'card', 'figures']
 
-# %% ../nbs/04_data.ipynb #339a7632
+# %% ../nbs/04_data.ipynb #32ae244d
 import copy, io, json, os, pickle, re, struct, zipfile, zlib
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import ConfigError, nearest
+from .envs import VecEnv
 from .tasks import MT30, MAX_OBS, MAX_ACTION, EPISODE_LENGTH, task_set
 
 # %% ../nbs/04_data.ipynb #9e4a64e7
@@ -53,14 +54,13 @@ def _flat(
     if whole: return x.reshape(-1, *x.shape[2:]), np.full(len(x), x.shape[1])
     return np.concatenate(episodes), np.array([len(e) for e in episodes])
 
-# %% ../nbs/04_data.ipynb #9efbe973
+# %% ../nbs/04_data.ipynb #c92fe29e
 def pack_rows(
     task,       # `TaskSpec`
     obs,        # `[E, T+1, obs_dim]`, or a list of `[T+1, obs_dim]`
     action,     # `[E, T+1, action_dim]`, or a list, with NaN in each row 0
     reward,     # `[E, T+1]`, or a list, with NaN in each row 0
     dtype,      # float32 or float16
-    check=True, # Look for values that cannot be right
 ) -> tuple:     # Rows `[R, obs_dim + action_dim + 1]` and their `EPISODE` table, starts counted from 0
     "Episodes as a store keeps them; raises `ConfigError` naming task, field and episode."
     if len(obs) == 0: raise ConfigError(f"{task.name}: no episodes were given.")
@@ -74,7 +74,7 @@ def pack_rows(
     rows = np.empty((lengths.sum(), task.obs_dim + task.action_dim + 1), dtype)
     with np.errstate(over="ignore"):
         rows[:, :task.obs_dim], rows[:, task.obs_dim:-1], rows[:, -1] = (fields[f][0] for f in ("obs", "action", "reward"))
-    if check: _check_rows(task, rows, starts)
+    _check_rows(task, rows, starts)
     table = np.zeros(len(lengths), EPISODE)
     first = np.asarray(fields["reward"][0], np.float64).copy()
     first[starts] = 0
@@ -195,7 +195,7 @@ def _replace_text(
     os.replace(new, path)
     _sync_dir(path.parent)
 
-# %% ../nbs/04_data.ipynb #af0ac5eb
+# %% ../nbs/04_data.ipynb #11219090
 @patch(cls_method=True)
 def create(cls:Store,
     path,            # A folder that is absent or empty
@@ -205,7 +205,8 @@ def create(cls:Store,
     path, dtype = Path(path), str(np.dtype(dtype))
     if dtype not in _DTYPES: raise ConfigError(f"A store has dtype {' or '.join(_DTYPES)}, not {dtype}.")
     if is_store(path): raise ConfigError(f"{path} is a store already; open it with Store(path), or choose another folder.")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())): raise ConfigError(f"{path} is not an empty folder; choose another one for the store.")
+    left_over = ("manifest.json.new", "lock")  # Of a crash in the middle of this function
+    if path.exists() and (not path.is_dir() or any(f.name not in left_over for f in path.iterdir())): raise ConfigError(f"{path} is not an empty folder; choose another one for the store.")
     path.mkdir(parents=True, exist_ok=True)
     manifest = dict(format=_FORMAT, version=MANIFEST_VERSION, dtype=dtype, tasks={}, origins=[], jobs={})
     _replace_text(path / "manifest.json", json.dumps(manifest, indent=1))
@@ -296,16 +297,15 @@ def _origin(self:Store,
     manifest["origins"].append(origin)
     return len(manifest["origins"]) - 1
 
-# %% ../nbs/04_data.ipynb #8131f432
+# %% ../nbs/04_data.ipynb #23782b3a
 @patch
 def commit(self:Store,
     parts:dict,   # task name -> (obs, action, reward) or (obs, action, reward, numbers)
     origin=None,  # Where they come from: a name, or a dict with a unique name
     job=None,     # (key, value) for `manifest["jobs"]`, so that progress and data change together
-    check=True,   # Look for values that cannot be right
 ) -> Store:
     "Add episodes of several tasks, all or none; raises `ConfigError` for input that does not fit."
-    packed = {s.name: (s, *pack_rows(s, *parts[s.name][:3], self.dtype, check)) for s in (task_set(list(parts)) if parts else ())}
+    packed = {s.name: (s, *pack_rows(s, *parts[s.name][:3], self.dtype)) for s in (task_set(list(parts)) if parts else ())}
     with self.lock():
         m = copy.deepcopy(self.manifest)
         index, files = self._origin(m, origin) if parts else None, []
@@ -394,7 +394,7 @@ def num_rows(self:Store, task=None) -> int:
     "Rows of one task, or of all."
     return sum(t["rows"] for n, t in self.manifest["tasks"].items() if task is None or n == task_set(task)[0].name)
 
-# %% ../nbs/04_data.ipynb #fa584153
+# %% ../nbs/04_data.ipynb #80bc4c40
 @patch
 def verify(self:Store,
     progress=False, # Show a bar
@@ -402,14 +402,13 @@ def verify(self:Store,
     "Compare every byte with its checksum."
     problems = []
     for name in tqdm(self.tasks, desc="verify", disable=not progress):
-        table, rows = self.episodes(name), self.rows(name).obs.base
+        table, size = self.episodes(name), self._width(name) * np.dtype(self.dtype).itemsize
         if zlib.crc32(table.view(np.uint8)) != self.manifest["tasks"][name]["crc"]:
             problems.append(f"{self._file(name, 'episodes.bin')}: the episode table differs from its checksum.")
             continue
-        if (table["start"] != np.cumsum(table["length"]) - table["length"]).any(): problems.append(f"{self._file(name, 'episodes.bin')}: episodes do not follow each other.")
-        for i, e in enumerate(table):
-            if zlib.crc32(np.array(rows[e["start"]:e["start"] + e["length"]])) != e["crc"]:
-                problems.append(f"{self._file(name, 'rows.bin')}: episode {i} differs from its checksum.")
+        with open(self._file(name, "rows.bin"), "rb") as f:  # Episodes follow each other without gaps
+            for i, e in enumerate(table):
+                if zlib.crc32(f.read(int(e["length"]) * size)) != e["crc"]: problems.append(f"{self._file(name, 'rows.bin')}: episode {i} differs from its checksum.")
     return problems
 
 # %% ../nbs/04_data.ipynb #a3a1545e
@@ -658,7 +657,7 @@ def _by_task(
         for x, y in zip(p, (obs[:, :s.obs_dim], action[:, :s.action_dim], reward, k)): x.append(y)
     return parts
 
-# %% ../nbs/04_data.ipynb #8b4415fd
+# %% ../nbs/04_data.ipynb #79308788
 def collect(
     agent,                    # Anything with `act(obs, task, first)`
     tasks,                    # Names of tasks, or "mt30"
@@ -670,13 +669,12 @@ def collect(
     origin="collect",         # A name, or a dict with a name and what is worth knowing of the agent
     max_steps=EPISODE_LENGTH, # Decisions an episode
     progress=True,            # Show a bar with the time left
-    vec_env=None,             # In place of `VecEnv`
+    vec_env=VecEnv,           # Or a class with the same methods
 ) -> Store:
     "Roll an agent for whole episodes into a store; called again, it does what is left. Raises `ConfigError` for bad input."
     specs = task_set(tasks)
     if int(episodes) != episodes or episodes < 1: raise ConfigError(f"episodes must be a whole number of at least 1, not {episodes!r}.")
     if num_envs is not None and num_envs < 1: raise ConfigError(f"num_envs must be at least 1, not {num_envs}.")
-    if vec_env is None: from tdmpc_opt_kit.envs import VecEnv as vec_env
     store = store if isinstance(store, Store) else Store.open_or_create(store)
     origin = dict(name=origin) if isinstance(origin, str) else dict(origin)
     origin |= dict(seed=int(seed), max_steps=int(max_steps))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tdmpc_opt_kit.checkpoint import LAYOUTS, load_world_model, save_upstream
-from tdmpc_opt_kit.tasks import ACTION_DIMS, OBS_DIMS, action_mask
+from tdmpc_opt_kit.tasks import OBS_DIMS, action_mask
 from tdmpc_opt_kit.twohot import from_two_hot
 
 TOLERANCE = 1e-4  # Of each array's largest absolute value
