@@ -25,11 +25,12 @@ setup:      ## make .venv ready and install what is missing; the other targets d
 distill: setup ## distil the teachers into the 1M student; ARGS="-p steps 500" sets parameters, TDMPC_PRESET=tiny|quick|mt30 the scale, RUN= the folder
 	@cd "$(ROOT)" && mkdir -p "$(RUN)" && echo "Distilling into $(RUN)" && \
 	$(PY) -m papermill nbs/run_distill.ipynb "$(RUN)/run_distill.ipynb" --cwd . --no-progress-bar --stdout-file - --stderr-file - \
-	    -p out_dir "$(RUN)" $(ARGS) && \
-	echo "Done. The executed notebook, with figures and video: $(RUN)/run_distill.ipynb; the numbers: $(RUN)/report.json"
+	    -p out_dir "$(RUN)" $(ARGS) || \
+	{ rc=$$?; [ ! -e "$(RUN)/checkpoints" ] || echo "To go on from the last checkpoint: make distill RUN=$(RUN) ARGS=\"-p resume True\""; exit $$rc; }
+	@echo "Done. The executed notebook, with figures and video: $(RUN)/run_distill.ipynb; the numbers: $(RUN)/report.json"
 
 test: setup ## every notebook, then every other test; ARGS="-k planner" picks some
-	@cd "$(ROOT)" && TDMPC_PRESET=tiny $(PY) -m pytest tests/test_notebooks.py tests $(ARGS)
+	@cd "$(ROOT)" && TDMPC_PRESET=tiny $(PY) -m pytest tests/test_notebooks.py $$(ls tests/test_*.py | grep -v test_notebooks) $(ARGS)
 
 lab: setup  ## JupyterLab on the notebooks
 	@cd "$(ROOT)" && $(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs \

@@ -193,7 +193,7 @@ class PolicyAgent(Agent):
         if isinstance(std, str): return (raw + log_std.exp() * noise).tanh()
         return (action + std * noise).clamp(-1, 1)
 
-# %% ../nbs/15_agent.ipynb #6124b278
+# %% ../nbs/15_agent.ipynb #71959add
 class PlanAgent(Agent):
     "MPPI with a warm start for each environment."
     def __init__(self,
@@ -210,7 +210,7 @@ class PlanAgent(Agent):
         self.mean, self.info = None, []  # info: (rows, PlanInfo) for each model of the last call
 
     def choose(self, obs, task, first, rows, num):
-        if self.mean is None: self.mean = torch.zeros(num, self.cfg.horizon, MAX_ACTION)
+        if self.mean is None or len(self.mean) != num and first.all(): self.mean = torch.zeros(num, self.cfg.horizon, MAX_ACTION)
         if len(self.mean) != num: raise ValueError(f"The agent has plans for {len(self.mean)} environments and was asked about {num}; call reset() first.")
         rows, action, self.info = torch.arange(num)[rows], torch.zeros(len(task), MAX_ACTION), []
         for model, r, own in self.models.groups(task):

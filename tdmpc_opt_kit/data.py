@@ -128,7 +128,7 @@ def is_store(path) -> bool:
     "Whether a folder is a store."
     return (Path(path) / "manifest.json").is_file()
 
-# %% ../nbs/04_data.ipynb #d698ddbb
+# %% ../nbs/04_data.ipynb #62c70267
 @patch
 def reload(self:Store) -> Store:
     "Read the manifest again, for example after another process has appended; raises `ConfigError` if the store is damaged."
@@ -143,11 +143,11 @@ def reload(self:Store) -> Store:
     for k in ("dtype", "tasks", "origins", "jobs"):
         if k not in m: raise ConfigError(f"{p}: the entry {k!r} is missing; put the file back from a copy.")
     if m["dtype"] not in _DTYPES: raise ConfigError(f"{p}: dtype {m['dtype']!r}, expected one of {', '.join(_DTYPES)}.")
+    for t in m["tasks"]: self._check_files(m, t)
     self.manifest = m
-    for t in m["tasks"]: self._check_files(t)
     return self
 
-# %% ../nbs/04_data.ipynb #ad81bc16
+# %% ../nbs/04_data.ipynb #f0ce8bd9
 @patch
 def _file(self:Store, task:str, name:str) -> Path: return self.path / "tasks" / task / name
 
@@ -160,15 +160,19 @@ def _width(self:Store,
 
 @patch
 def _check_files(self:Store,
-    task:str, # Name
+    manifest:dict, # With the promises
+    task:str,      # Name
 ):
     "Compare the manifest's entry of a task with the task table and the files."
-    p, t = self.path / "manifest.json", self.manifest["tasks"][task]
+    p, t = self.path / "manifest.json", manifest["tasks"][task]
     spec = next((s for s in MT30 if s.name == task), None)
     if spec is None: raise ConfigError(f"{p}: there is no task {task!r} in MT30.{nearest(task, [s.name for s in MT30])}")
+    for k in ("rows", "episodes", "return", "crc"):
+        if k not in t: raise ConfigError(f"{p}: {task}: the entry {k!r} is missing; put the file back from a copy.")
     for k in ("obs_dim", "action_dim"):
         if t.get(k) != getattr(spec, k): raise ConfigError(f"{p}: {task} has {k} {t.get(k)}, expected {getattr(spec, k)}.")
-    need = {"rows.bin": t["rows"] * self._width(task) * np.dtype(self.dtype).itemsize, "episodes.bin": t["episodes"] * EPISODE.itemsize}
+    width = (spec.obs_dim + spec.action_dim + 1) * np.dtype(manifest["dtype"]).itemsize
+    need = {"rows.bin": t["rows"] * width, "episodes.bin": t["episodes"] * EPISODE.itemsize}
     for name, size in need.items():
         f = self._file(task, name)
         if not f.is_file(): raise ConfigError(f"{f}: the file is missing, the manifest promises {size} bytes; put it back from a copy.")
@@ -509,7 +513,7 @@ def _gather_memory(self:Sampler,
     at = torch.from_numpy(self._offset[j] + row).to(self.device)
     return self._flat[at + self._steps].float()
 
-# %% ../nbs/04_data.ipynb #f89dc303
+# %% ../nbs/04_data.ipynb #49c0a62d
 @patch
 def _open_files(self:Sampler):
     "Open every task's rows, and prepare the gather's pattern by task."
@@ -531,12 +535,12 @@ def _gather_disk(self:Sampler,
 ) -> Tensor:        # float32 `[H+1, B, 31]`
     h, size = self.horizon + 1, self._row_bytes[j]
     parts = map(os.pread, self._fd[j].tolist(), (size * h).tolist(), (size * row).tolist())
-    x = np.frombuffer(b"".join([self._zero, *parts]), self.store.dtype)
-    n = self._width[j] * h
-    if len(x) != n.sum() + 1: raise ConfigError(f"{self.store.path}: a file of rows became shorter while it was being read; verify the store.")
+    raw, n = b"".join([self._zero, *parts]), self._width[j] * h
+    if len(raw) != (n.sum() + 1) * len(self._zero): raise ConfigError(f"{self.store.path}: a file of rows became shorter while it was being read; verify the store.")
     at = self._pattern[j]
     at += (np.cumsum(n) - n)[:, None, None]
-    return torch.from_numpy(x.take(at, mode="clip").astype(np.float32, copy=False)).transpose(0, 1)
+    x = np.frombuffer(raw, self.store.dtype).take(at, mode="clip")
+    return torch.from_numpy(x.astype(np.float32, copy=False)).transpose(0, 1)
 
 # %% ../nbs/04_data.ipynb #ac60990b
 @patch
@@ -734,7 +738,7 @@ def _admitted(
            ("torch._utils", "_rebuild_tensor_v2"): v2, ("torch._utils", "_rebuild_tensor_v3"): v3}
     return out | {("torch", f"{k}Storage"): v for k, v in _STORAGES.items()} | {("torch", t): t for t in _TYPES}
 
-# %% ../nbs/04_data.ipynb #6e2d143e
+# %% ../nbs/04_data.ipynb #50813d25
 class _ChunkUnpickler(pickle.Unpickler):
     "Reads the outline of a chunk and nothing else."
     def __init__(self,
@@ -747,7 +751,7 @@ class _ChunkUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) in self.admitted: return self.admitted[module, name]
-        raise ConfigError(f"{self.path}: the file wants to use {module}.{name}, which a dataset chunk does not need; nothing of it was run. Do not trust this file.")
+        raise ConfigError(f"{self.path}: the file wants to use {module}.{name}, which a dataset chunk does not need; nothing of it was run. Check where the file comes from.")
 
     def persistent_load(self, pid):
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):

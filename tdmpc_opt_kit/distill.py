@@ -162,12 +162,12 @@ class DistillConfig:
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 
-# %% ../nbs/22_distill.ipynb #8fffecb6
+# %% ../nbs/22_distill.ipynb #0b433ded
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
-              save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=1, plan_episodes=1),
+              save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
     quick=dict(),
-    mt30=dict(recipe="paper", teacher="data/upstream/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
+    mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, explore=True))
 
 # %% ../nbs/22_distill.ipynb #1fdd90ac
@@ -237,7 +237,7 @@ def prepare_store(
     if cfg.random_episodes: collect(RandomAgent(g), specs, cfg.random_episodes, store, cfg.seed + 1000, origin="uniform random", progress=progress)
     return store
 
-# %% ../nbs/22_distill.ipynb #18318721
+# %% ../nbs/22_distill.ipynb #ba19279d
 class Pair:
     "A student and, beside it, the same network without a teacher, updated on the same slices."
     def __init__(self,
@@ -263,6 +263,13 @@ class Pair:
     ) -> dict:       # "agent/loss" -> scalar
         "One update of each."
         return {f"{name}/{k}": v for name, l in self.learners.items() for k, v in l.update(batch, self.terms if name == "student" else None).items()}
+
+    def lines(self,
+        line:dict,  # Of the training loop
+    ) -> list:      # One line for each agent, for the log
+        "Split a line by agent."
+        common = {k: v for k, v in line.items() if "/" not in k}
+        return [common | dict(agent=name) | {k.split("/")[1]: v for k, v in line.items() if k.startswith(name + "/")} for name in self.learners]
 
     def state_dict(self) -> dict: return {k: l.state_dict() for k, l in self.learners.items()}
 

@@ -69,6 +69,18 @@ def _simnorm_(
     g.sub_(g.amax(-1, keepdim=True)).exp_()
     return g.div_(g.sum(-1, keepdim=True)).flatten(-2)
 
+# %% ../nbs/14_planner.ipynb #13c0eb14
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+def _linear(
+    x:Tensor,           # `[..., n]`
+    w:Tensor,           # `[out, n]`
+    b:Tensor|None=None, # `[out]`
+) -> Tensor:            # `[..., out]`
+    "`F.linear`, through oneDNN for larger float32 products on the CPU."
+    if _onednn is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() < 2**12: return F.linear(x, w, b)
+    return _onednn(x, w, b, "none", [], "")
+
 # %% ../nbs/14_planner.ipynb #6eae7c31
 class Folded:
     "An MLP over `[z, task, action]` for pairs whose tasks are fixed: the task's share is in the first bias."
@@ -87,7 +99,7 @@ class Folded:
         self.norms = [(s * l[2], s * l[3]) for l in layers[:-1]]
         self.later, self.last_norm, self.fast = [l[:2] for l in layers[1:]], layers[-1][2:], fast
 
-# %% ../nbs/14_planner.ipynb #3a60f33f
+# %% ../nbs/14_planner.ipynb #700b705c
 @patch
 def first_layer(self:Folded,
     z:Tensor,           # Latents `[B, N, D]`, or `[B, 1, D]` if all candidates share it
@@ -95,10 +107,10 @@ def first_layer(self:Folded,
 ) -> Tensor:            # `[B, N, width]`
     "The first layer before its LayerNorm."
     if action is not None and action.shape[1] > z.shape[1]:
-        shared = F.linear(z, self.w_z) + self.bias[:, None]
-        return F.linear(action, self.w_a, shared[0, 0]) if len(z) == 1 else F.linear(action, self.w_a) + shared
+        shared = _linear(z, self.w_z) + self.bias[:, None]
+        return _linear(action, self.w_a, shared[0, 0]) if len(z) == 1 else _linear(action, self.w_a) + shared
     x = z if action is None else torch.cat([z, action], -1)
-    return F.linear(x, self.w, self.bias[0]) if len(self.bias) == 1 else F.linear(x, self.w).add_(self.bias[:, None])
+    return _linear(x, self.w, self.bias[0]) if len(self.bias) == 1 else _linear(x, self.w).add_(self.bias[:, None])
 
 @patch
 def __call__(self:Folded, z:Tensor, action:Tensor|None=None) -> Tensor:
@@ -106,7 +118,7 @@ def __call__(self:Folded, z:Tensor, action:Tensor|None=None) -> Tensor:
     x = self.first_layer(z, action)
     for (nw, nb), (w, b) in zip(self.norms, self.later):
         x = F.layer_norm(x, x.shape[-1:], nw, nb)
-        x = F.linear(_mish_of_neg_(x) if self.fast else F.mish(x), w, b)
+        x = _linear(_mish_of_neg_(x) if self.fast else F.mish(x), w, b)
     if self.last_norm[0] is None: return x
     x = F.layer_norm(x, x.shape[-1:], *self.last_norm)
     return _simnorm_(x) if self.fast else simnorm(x)

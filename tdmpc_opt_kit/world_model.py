@@ -57,7 +57,7 @@ def model_size(
     if size not in SIZES: raise ConfigError(f"There is no size {size!r}; there are {', '.join(SIZES)}.{nearest(size, SIZES)}")
     return override(SIZES[size], **overrides)
 
-# %% ../nbs/12_world_model.ipynb #d02756e6
+# %% ../nbs/12_world_model.ipynb #23ba77dc
 class WorldModel(nn.Module):
     "TD-MPC2's world model over a list of tasks; a task index counts within that list."
     def __init__(self,
@@ -84,6 +84,7 @@ class WorldModel(nn.Module):
         self.q_heads = Ensemble(c.num_q, z + c.action_dim, h, NUM_BINS)
         for last in (self.reward_head[-1], self.q_heads[-1]): nn.init.zeros_(last.weight)
         self.target_q_heads = copy.deepcopy(self.q_heads).requires_grad_(False)
+        self.target_q_heads[0].dropout = 0.  # targets are exact, while training too
 
 # %% ../nbs/12_world_model.ipynb #202bbd7d
 @patch(as_prop=True)

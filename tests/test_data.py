@@ -1,10 +1,8 @@
 """Stores, samplers, collection and the chunk reader: bad inputs, crashes, resuming, random draws."""
-import copy
 import json
 import os
 import pickle
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
@@ -366,7 +364,7 @@ def test_resume_refuses_other_data(store):
     state = Sampler(store).state_dict()
     store.append("cup-catch", *episodes(CUP, 1))
     with pytest.raises(ConfigError, match="slices"): Sampler(store).load_state_dict(state)
-    with pytest.raises(ConfigError, match="balance"): Sampler(store, balance="tasks").load_state_dict(state)
+    with pytest.raises(ConfigError, match="balance"): Sampler(store, balance="tasks").load_state_dict(Sampler(store).state_dict())
 
 
 def test_a_sampler_keeps_what_it_saw(store):
@@ -593,7 +591,7 @@ class Runs:
 def test_no_code_is_run(tmp_path):
     mark = tmp_path / "mark"
     calls = [(os.system, (f"touch {mark}",)), (eval, (f"open({str(mark)!r}, 'w')",)), (exec, (f"open({str(mark)!r}, 'w')",)), (open, (str(mark), "w")),
-             (getattr, (os, "system")), (subprocess.Popen, (["touch", str(mark)],)), (torch.load, (str(mark),)), (__import__, ("os",)),
+             (getattr, ("a", "upper")), (subprocess.Popen, (["touch", str(mark)],)), (torch.load, (str(mark),)), (__import__, ("os",)),
              (torch.storage._load_from_bytes, (b"",)), (pickle.loads, (b"",)), (Path, (str(mark),)), (np.frombuffer, (b"1234",))]
     for i, (f, args) in enumerate(calls):
         for old in (False, True):
