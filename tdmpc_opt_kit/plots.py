@@ -19,8 +19,9 @@ from .config import ConfigError
 from .evaluate import PUBLISHED, published
 from .tasks import MT30
 
-# %% ../nbs/51_plots.ipynb #4acee706
-COLOURS = dict(teacher="#15803d", student="#1d4ed8", student_fp16="#60a5fa", scratch="#ea580c", random="#9ca3af", published="#7e22ce")
+# %% ../nbs/51_plots.ipynb #f7d27ca7
+COLOURS = dict(teacher="#15803d", student="#1d4ed8", student_fp16="#60a5fa", scratch="#ea580c", random="#9ca3af", published="#7e22ce",
+    plan="#1d4ed8", policy="#60a5fa")  # Where one agent acts in two ways
 OTHERS = ("#be185d", "#0e7490", "#a16207", "#475569", "#b91c1c", "#4d7c0f")
 
 def colours(
@@ -252,7 +253,7 @@ def returns_by_task(
     fig.update_yaxes(tickvals=list(range(len(tasks))), ticktext=tasks, range=[len(tasks) - 0.5, -0.5], showgrid=False)
     return fig.update_xaxes(title_text="return", range=[-15, 1015], dtick=100)
 
-# %% ../nbs/51_plots.ipynb #0f4931dd
+# %% ../nbs/51_plots.ipynb #d887ccd2
 def _flat(
     scores, # (agent -> report or dict) or (agent -> mode -> report or dict)
 ) -> list:  # (agent, mode, dict with mean, low, high)
@@ -281,7 +282,7 @@ def score_bars(
         pale = mode == "policy" and len(modes) > 1
         fig.add_bar(y=[label], x=[d["mean"]], orientation="h", marker=dict(color=_fade(hue[a], 0.45) if pale else hue[a], line=dict(color=hue[a], width=1)), width=0.62, showlegend=False,
             error_x=dict(type="data", symmetric=False, array=[hi - d["mean"]], arrayminus=[d["mean"] - lo], color="#111827", thickness=1.5, width=4))
-        fig.add_annotation(x=max(hi, d["mean"]), y=label, text=f"<b>{d['mean']:.1f}</b>" + (f"  {lo:.1f} to {hi:.1f}" if hi > lo else ""), showarrow=False, xanchor="left", xshift=8)
+        fig.add_annotation(x=max(hi, d["mean"]), y=label, text=f"<b>{d['mean']:.1f}</b>" + (f"  {lo:.1f} to {hi:.1f}" if hi > lo else ""), showarrow=False, xanchor="left", xshift=8, bgcolor="rgba(255, 255, 255, 0.85)")
     for i, (n, v) in enumerate((levels or {}).items()):
         fig.add_vline(x=v, line=dict(color=COLOURS["published"], width=1.5, dash="dot"))
         fig.add_annotation(x=v, y=1, yref="paper", yanchor="bottom", yshift=2 + 15 * (i % 2), text=f"{n} {v:g}", showarrow=False, font=dict(color=COLOURS["published"], size=11))

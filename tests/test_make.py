@@ -254,7 +254,7 @@ def test_distill_stops_at_an_unknown_parameter(clone):
     assert "Done." not in r.output and not (clone/"runs/wrong/metrics.jsonl").exists()
 
 def test_lab(clone):
-    "JupyterLab comes up with the notebooks in sight, and ends with Ctrl-C."
+    "JupyterLab comes up with the notebooks in sight. (Detecting language servers is off, because an interruption at that moment is lost.)"
     url, seen = r"http://127\.0\.0\.1:\d+/lab/tree/nbs\?token=\w+", []
     def look(text):
         if not (m := re.search(url, text)): return False
@@ -263,9 +263,10 @@ def test_lab(clone):
         seen.extend(f["name"] for f in listing["content"])
         return True
     config = {f"JUPYTER_{k}_DIR": str(clone.parent/f"jupyter-{k}") for k in ("CONFIG", "DATA", "RUNTIME")}
-    r = run(["make", "-C", clone, "lab", "ARGS=--no-browser --ip=127.0.0.1 --port=0 --ServerApp.port_retries=0"], until=look, timeout=120, **OWN, **config)
+    args = "ARGS=--no-browser --ip=127.0.0.1 --port=0 --ServerApp.port_retries=0 --LanguageServerManager.autodetect=False"
+    r = run(["make", "-C", clone, "lab", args], until=look, timeout=120, **OWN, **config)
     assert "00_config.ipynb" in seen and "run_distill.ipynb" in seen, r.output[-3000:]
-    assert not r.left
+    assert r.code != 124 and not r.left, r.output[-3000:]
 
 def test_clean(clone):
     (clone/"nbs/__pycache__").mkdir(exist_ok=True)
