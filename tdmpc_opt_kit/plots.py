@@ -253,7 +253,7 @@ def returns_by_task(
     fig.update_yaxes(tickvals=list(range(len(tasks))), ticktext=tasks, range=[len(tasks) - 0.5, -0.5], showgrid=False)
     return fig.update_xaxes(title_text="return", range=[-15, 1015], dtick=100)
 
-# %% ../nbs/51_plots.ipynb #d887ccd2
+# %% ../nbs/51_plots.ipynb #8af64c14
 def _flat(
     scores, # (agent -> report or dict) or (agent -> mode -> report or dict)
 ) -> list:  # (agent, mode, dict with mean, low, high)
@@ -277,7 +277,7 @@ def score_bars(
     if not rows: raise ConfigError("There are no scores to draw.")
     hue, modes = colours(dict.fromkeys(a for a, _, _ in rows)), {m for _, m, _ in rows}
     for a, mode, d in rows:
-        label = f"{a}, {mode}" if len(modes) > 1 and mode else a
+        label = f"{a}, {mode}" if len(modes) > 1 and mode and mode not in a else a
         lo, hi = (d["mean"] if d.get(k) is None else d[k] for k in ("low", "high"))
         pale = mode == "policy" and len(modes) > 1
         fig.add_bar(y=[label], x=[d["mean"]], orientation="h", marker=dict(color=_fade(hue[a], 0.45) if pale else hue[a], line=dict(color=hue[a], width=1)), width=0.62, showlegend=False,

@@ -32,9 +32,10 @@ def marked(mark) -> dict:
 def run(
     cmd,          # Program and arguments
     cwd=ROOT,     # Where to run it
-    timeout=LIMIT,# Seconds; afterwards it is killed and its code is 124
+    timeout=LIMIT, # Seconds; afterwards it is killed and its code is 124
     grace=10,     # Seconds that its own children may take to end after it
-    until=None,   # Called with the output so far once in a while; when it is true the command is interrupted as by Ctrl-C
+    until=None,   # Called with the output so far once in a while; when it is true, the command gets a signal
+    sig=signal.SIGINT, # That signal; this one is Ctrl-C
     **env,        # Environment variables to change; None removes one
 ) -> Result:
     "Run `cmd` in a session of its own without input. A kernel starts sessions of its own, so a variable marks the whole family."
@@ -53,20 +54,20 @@ def run(
                 if p.poll() is not None: break
                 if until and until(text()):
                     until = None
-                    os.killpg(p.pid, signal.SIGINT)
+                    os.killpg(p.pid, sig)
             late, seconds = p.poll() is None, time.monotonic() - start
             if not late:
                 end = time.monotonic() + grace
                 while marked(mark) and time.monotonic() < end: time.sleep(0.1)
             left = [] if late else list(marked(mark).values())
         finally:  # also when the test itself is interrupted
-            for sig in (signal.SIGTERM, signal.SIGKILL):
+            for last in (signal.SIGTERM, signal.SIGKILL):
                 family = marked(mark)
                 if p.poll() is None:
-                    try: os.killpg(p.pid, sig)
+                    try: os.killpg(p.pid, last)
                     except ProcessLookupError: pass
                 for pid in family:
-                    try: os.kill(pid, sig)
+                    try: os.kill(pid, last)
                     except ProcessLookupError: pass
                 end = time.monotonic() + 5
                 while (p.poll() is None or marked(mark)) and time.monotonic() < end: time.sleep(0.05)
