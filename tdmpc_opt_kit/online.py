@@ -209,7 +209,7 @@ def batch(self:Teaching) -> Batch:
     task = torch.tensor([self.local[int(t)] for t in b.task]) if len(self.specs) > 1 else torch.zeros_like(b.task)
     return b._replace(obs=b.obs[..., :m.obs_dim], action=b.action[..., :m.action_dim], task=task).to(self.device)
 
-# %% ../nbs/23_online.ipynb #ccd6d713
+# %% ../nbs/23_online.ipynb #3ddfe66e
 def train_teacher(
     cfg:OnlineConfig,    # What to do
     out_dir,             # Run folder
@@ -217,7 +217,7 @@ def train_teacher(
     progress:bool=True,  # Show a bar?
 ) -> dict:               # The report: best evaluation, curve, seconds
     "Train a teacher in the simulator and leave its best policy's checkpoint in the run folder."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     run, t = RunFolder(out_dir), Teaching(cfg)
     state = begin_run(run, cfg, resume, ignore=("decisions", "eval_every", "enough", "device", "threads"))
     best, seconds = (-1., 0.) if state is None else (state["best"], state["seconds"])

@@ -165,7 +165,7 @@ def load_state_dict(self:Learner,
     self.scale.value = d["scale"].to(self.device).clone(); self.step = d["step"]
     self.generator.set_state(d["generator"].cpu()); self.cpu_generator.set_state(d["cpu_generator"].cpu())
 
-# %% ../nbs/21_train.ipynb #21bc0165
+# %% ../nbs/21_train.ipynb #786cdb40
 def train(
     learner:Learner,      # Trained in place, from `learner.step` on
     next_batch,           # () -> batch
@@ -180,7 +180,7 @@ def train(
     progress:bool=True,   # Show it?
 ) -> dict:                # The last line of the log
     "Run updates; an interrupt saves through `on_save` and is raised again."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     line, t0, start = {}, time.perf_counter(), learner.step
     bar = tqdm(total=total or steps, initial=start, desc=desc, disable=not progress, mininterval=1.)
     try:
