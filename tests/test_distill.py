@@ -1,0 +1,186 @@
+"""Distillation: a resumed run equals an uninterrupted one, and bad input is refused with one clear error before any long work."""
+import json
+
+import pytest
+import torch
+
+from tdmpc_opt_kit.checkpoint import RunFolder, save_world_model
+from tdmpc_opt_kit.config import ConfigError, from_preset
+from tdmpc_opt_kit.data import Sampler, Store
+from tdmpc_opt_kit.distill import DISTILL_PRESETS, Distill, DistillConfig, Pair, check_data, load_teachers, prepare_store
+from tdmpc_opt_kit.online import ONLINE_PRESETS, OnlineConfig, train_teacher
+from tdmpc_opt_kit.tasks import task_set
+from tdmpc_opt_kit.train import begin_run, train
+from tdmpc_opt_kit.world_model import SIZES, WorldModel, model_size
+
+TASKS = "cup-catch,pendulum-spin"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "Two tiny specialists and a small store that they collected."
+    path = tmp_path_factory.mktemp("distill")
+    (path / "teachers").mkdir()
+    torch.manual_seed(0)
+    for s in task_set(TASKS):
+        save_world_model(WorldModel(model_size("tiny", task_dim=0, obs_dim=s.obs_dim, action_dim=s.action_dim), s.name), path / "teachers" / f"{s.name}.safetensors")
+    prepare_store(config(), load_teachers(path / "teachers"), task_set(TASKS), path, progress=False)
+    return path
+
+
+def config(**kw): return from_preset(DistillConfig, DISTILL_PRESETS, "tiny", **kw)
+
+
+def training(home, out, cfg, resume=False, stop_at=None):
+    "The training part of run_distill, as the notebook does it; `stop_at` interrupts as Ctrl-C would."
+    run = RunFolder(out)
+    state = begin_run(run, cfg, resume)
+    pair, sampler = Pair(cfg, load_teachers(home / "teachers")), Sampler(home / "store", TASKS, cfg.batch_size, cfg.horizon, cfg.balance, cfg.seed)
+    run.truncate_metrics(0 if state is None else state["step"])
+    if state is not None:
+        pair.load_state_dict(state["pair"])
+        sampler.load_state_dict(state["sampler"])
+
+    def batches():
+        if stop_at and pair.step == stop_at: raise KeyboardInterrupt
+        return sampler.sample()
+
+    def log(line):
+        for row in pair.lines(line): run.log(row)
+
+    save = lambda step: run.save(step, dict(pair=pair.state_dict(), sampler=sampler.state_dict()), pair.models["student"])
+    train(pair, batches, cfg.steps, log_every=2, on_log=log, save_every=4, on_save=save, progress=False)
+    return pair, run
+
+
+def weights(pair): return [p for m in pair.models.values() for p in m.state_dict().values()]
+
+
+@pytest.mark.parametrize("stop_at", [4, 7])
+def test_resumed_equals_uninterrupted(home, tmp_path, stop_at):
+    cfg = config(steps=12)
+    whole, run_whole = training(home, tmp_path / "whole", cfg)
+    with pytest.raises(KeyboardInterrupt): training(home, tmp_path / "parts", cfg, stop_at=stop_at)
+    assert RunFolder(tmp_path / "parts").last()["step"] == stop_at  # the interrupt was saved
+    parts, run_parts = training(home, tmp_path / "parts", cfg, resume=True)
+    assert parts.step == 12
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parts)))
+    numbers = lambda run: [{k: v for k, v in r.items() if k != "updates_per_second"} for r in run.metrics()]
+    assert numbers(run_whole) == numbers(run_parts)
+
+
+def test_killed_without_notice_goes_on_from_the_last_checkpoint(home, tmp_path):
+    cfg = config(steps=12)
+    whole, _ = training(home, tmp_path / "whole", cfg)
+
+    class Killed(BaseException): pass
+    real, count = Pair.update, []
+    def dies(self, *args, **kw):
+        count.append(0)
+        if len(count) > 10: raise Killed
+        return real(self, *args, **kw)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Pair, "update", dies)
+        with pytest.raises(Killed): training(home, tmp_path / "parts", cfg)
+    assert RunFolder(tmp_path / "parts").last()["step"] == 8
+    parts, _ = training(home, tmp_path / "parts", cfg, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parts)))
+
+
+def test_scratch_is_what_it_would_be_alone(home, tmp_path):
+    "The baseline beside a student is exactly the same network trained without any teacher on the same slices."
+    from tdmpc_opt_kit.train import Learner, TrainConfig
+    cfg = config(steps=5)
+    pair, _ = training(home, tmp_path / "pair", cfg)
+    torch.manual_seed(cfg.seed)
+    alone = Learner(WorldModel(model_size(cfg.student_size)).eval(), TrainConfig(lr=cfg.lr), cfg.seed)
+    train(alone, Sampler(home / "store", TASKS, cfg.batch_size, cfg.horizon, cfg.balance, cfg.seed).sample, cfg.steps, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(pair.models["scratch"].state_dict().values(), alone.model.state_dict().values()))
+    assert not all(torch.equal(a, b) for a, b in zip(pair.models["student"].state_dict().values(), alone.model.state_dict().values()))
+
+
+def test_weight_of_zero_asks_nobody(home):
+    class Nobody:
+        def __getattr__(self, name): raise AssertionError(f"{name} was asked")
+    pair = Pair(config(reward_coef=0., policy_coef=0.), Nobody())
+    pair.update(Sampler(home / "store", TASKS, 8).sample())
+
+
+def test_reward_term_moves_the_student_toward_the_teacher(home):
+    teachers, sampler = load_teachers(home / "teachers"), Sampler(home / "store", TASKS, 64)
+    from tdmpc_opt_kit.train import Learner, TrainConfig
+    def error(d, steps=60):
+        torch.manual_seed(0)
+        learner, s = Learner(WorldModel(SIZES["tiny"]), TrainConfig(lr=1e-3, reward_pred_coef=0.)), Sampler(home / "store", TASKS, 64)
+        terms = Distill(teachers, d, 0.)
+        for _ in range(steps): learner.update(s.sample(), terms if d else None)
+        b = sampler.sample()
+        from tdmpc_opt_kit.twohot import from_two_hot
+        with torch.no_grad(): ours = from_two_hot(learner.model.reward(learner.model.encode(b.obs[0], b.task), b.action[0], b.task))
+        return float((ours - teachers.reward(b.obs[0], b.action[0], b.task)).square().mean())
+    for m in teachers.models:  # an untrained teacher expects no reward; this one expects about 1
+        with torch.no_grad(): m.reward_head[-1].bias.copy_(-(torch.linspace(-10, 10, 101) - 0.69).square() * 20)
+    assert error(10.) < 0.5 * error(0.)
+
+
+@pytest.mark.parametrize(("kw", "word"), [
+    (dict(recipe="papr"), "Did you mean 'paper'"), (dict(steps=-1), "steps"), (dict(batch_size=0), "batch_size"), (dict(lr=-1.), "lr"),
+    (dict(tasks="cup-cach"), "Did you mean 'cup-catch'"), (dict(student_size="1m"), "1M"), (dict(eval_planning="5"), "5 tasks"), (dict(noise_stds="-1"), "noise_stds"),
+    (dict(balance="task"), "balance"), (dict(eval_episodes=0), "eval_episodes"), (dict(horizon=0), "horizon")])
+def test_impossible_values(kw, word):
+    with pytest.raises(ConfigError, match=word.replace("(", r"\(")): config(**kw)
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match="Did you mean 'quick'"): from_preset(DistillConfig, DISTILL_PRESETS, "quik")
+
+
+def test_teachers_that_lack_a_task(home):
+    with pytest.raises(ConfigError, match="No teacher for walker-walk"): load_teachers(home / "teachers").require("walker-walk,cup-catch", "teacher")
+
+
+def test_absent_and_broken_teachers(home, tmp_path):
+    with pytest.raises(ConfigError, match="nothing.pt"): load_teachers(tmp_path / "nothing.pt")
+    with pytest.raises(ConfigError, match="no teacher there"): load_teachers(tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="bad.json: not valid JSON"): load_teachers(tmp_path / "bad.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ConfigError, match="a mapping from task names"): load_teachers(tmp_path / "list.json")
+    (tmp_path / "map.json").write_text(json.dumps({"cup-catch": "gone.safetensors"}))
+    with pytest.raises(ConfigError, match="gone.safetensors"): load_teachers(tmp_path / "map.json")
+    (tmp_path / "cut.safetensors").write_bytes((home / "teachers" / "cup-catch.safetensors").read_bytes()[:2000])
+    with pytest.raises(ConfigError, match="cut.safetensors"): load_teachers({"cup-catch": tmp_path / "cut.safetensors"})
+
+
+def test_stores_that_will_not_do(home, tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"): check_data(config(data_dir=str(tmp_path / "gone")), task_set(TASKS))
+    Store.create(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="empty store"): check_data(config(data_dir=str(tmp_path / "empty")), task_set(TASKS))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError): check_data(config(data_dir=str(tmp_path / "folder")), task_set(TASKS))
+    with pytest.raises(ConfigError, match="no episodes of walker-walk"): check_data(config(data_dir=str(home / "store")), task_set("walker-walk"))
+
+
+def test_a_run_folder_is_not_overwritten(home, tmp_path):
+    cfg = config(steps=2)
+    training(home, tmp_path / "run", cfg)
+    with pytest.raises(ConfigError, match="holds a run already"): training(home, tmp_path / "run", cfg)
+    with pytest.raises(ConfigError, match="another batch_size"): training(home, tmp_path / "run", config(steps=2, batch_size=8), resume=True)
+
+
+def test_upstream_chunks_become_a_store(reference, tmp_path):
+    chunk = sorted((reference / "chunks").glob("*.pt"))[0]
+    (tmp_path / "mt30").mkdir()
+    (tmp_path / "mt30" / "chunk_0.pt").symlink_to(chunk)
+    cfg = config(data_dir=str(tmp_path / "mt30"))
+    store = prepare_store(cfg, None, task_set("walker-stand"), tmp_path / "out", progress=False)
+    assert store.num_episodes() == 6 and (tmp_path / "mt30" / "store").is_dir()
+
+
+def test_teacher_run_goes_on(tmp_path):
+    cfg = OnlineConfig(**ONLINE_PRESETS["tiny"])
+    first = train_teacher(cfg, tmp_path / "t", progress=False)
+    with pytest.raises(ConfigError, match="holds a run already"): train_teacher(cfg, tmp_path / "t", progress=False)
+    again = train_teacher(cfg, tmp_path / "t", resume=True, progress=False)  # nothing is left to do
+    assert again["updates"] == first["updates"] and again["curve"] == first["curve"]
+    assert (tmp_path / "t" / "teacher.safetensors").exists()
