@@ -23,18 +23,26 @@ def nearest(
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
-# %% ../nbs/00_config.ipynb #b16f8cad
+# %% ../nbs/00_config.ipynb #32e402f8
+def _check_names(
+    cls,        # A dataclass
+    given,      # Names of fields that somebody gave
+    source="",  # Where they stand, as the beginning of the message
+):
+    "Raise `ConfigError` for the first name that is not a field."
+    names = [f.name for f in dataclasses.fields(cls)]
+    for k in given:
+        if k not in names: raise ConfigError(f"{source}{cls.__name__} has no field {k!r}.{nearest(k, names)}")
+
 def override(
     cfg,   # A dataclass instance
     **kw,  # Fields to change
 ):         # A new instance
     "`cfg` with some fields changed; raises `ConfigError` for a field that it does not have."
-    names = [f.name for f in dataclasses.fields(cfg)]
-    for k in kw:
-        if k not in names: raise ConfigError(f"{type(cfg).__name__} has no field {k!r}.{nearest(k, names)}")
+    _check_names(type(cfg), kw)
     return dataclasses.replace(cfg, **kw)
 
-# %% ../nbs/00_config.ipynb #96a7d64a
+# %% ../nbs/00_config.ipynb #e528b9f7
 def to_json(cfg) -> str:
     "A dataclass instance as indented JSON; tuples become lists, paths become strings."
     return json.dumps(dataclasses.asdict(cfg), indent=1, default=str)
@@ -44,15 +52,14 @@ def from_json(
     text:str,       # What `to_json` wrote
     source="JSON",  # Named in errors, for example the file's path
 ):
-    "The instance that `to_json` wrote; raises `ConfigError` for broken JSON or unknown fields."
+    "The instance that `to_json` wrote, for configs of plain values; raises `ConfigError` for broken JSON or unknown fields."
     try: d = json.loads(text)
     except json.JSONDecodeError as e: raise ConfigError(f"{source}: not valid JSON ({e}).") from None
-    names = [f.name for f in dataclasses.fields(cls)]
-    for k in d:
-        if k not in names: raise ConfigError(f"{source}: {cls.__name__} has no field {k!r}.{nearest(k, names)}")
+    if not isinstance(d, dict): raise ConfigError(f"{source}: an object with the fields of {cls.__name__} is needed, not a {type(d).__name__}.")
+    _check_names(cls, d, f"{source}: ")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../nbs/00_config.ipynb #2d59eafe
+# %% ../nbs/00_config.ipynb #b21963f0
 def default_preset() -> str:
     "The preset of a run notebook that was given none: `TDMPC_PRESET`, or `quick`."
     return os.environ.get("TDMPC_PRESET", "quick")
@@ -63,11 +70,13 @@ def from_preset(
     name:str,      # The preset
     **kw,          # Further overrides; a value of None leaves the preset's
 ):
-    "An instance of `cls` from a named preset and further overrides."
+    "An instance of `cls` from a named preset and further overrides; raises `ConfigError` for an unknown preset or field."
     if name not in presets: raise ConfigError(f"There is no preset {name!r}; there are {', '.join(presets)}.{nearest(name, presets)}")
-    return override(cls(), **(presets[name] | {k: v for k, v in kw.items() if v is not None}))
+    given = presets[name] | {k: v for k, v in kw.items() if v is not None}
+    _check_names(cls, given)
+    return cls(**given)
 
-# %% ../nbs/00_config.ipynb #0bf0fe2e
+# %% ../nbs/00_config.ipynb #2ab7c064
 def run_parameters(
     ns:dict,         # `globals()` of the notebook, right after its parameters cell
     known,           # The dataclass whose fields are the parameters, or their names
@@ -79,11 +88,15 @@ def run_parameters(
     if (shell := ns.get("get_ipython")) is not None: hidden |= set(shell().user_ns_hidden)
     plain = {k: v for k, v in ns.items() if not k.startswith("_") and k not in hidden
              and not isinstance(v, types.ModuleType) and not callable(v)}
-    for k in plain:
+    for k in plain if not ns.get("_parameters_checked") else ():
         if k not in names: raise ConfigError(f"{notebook or 'This notebook'} has no parameter {k!r}.{nearest(k, names)} Its parameters: {', '.join(names)}.")
-    return plain
+    out = {k: plain[k] for k in names if k in plain}
+    for k, v in out.items():
+        if v in ("true", "false"): raise ConfigError(f"{notebook or 'This notebook'}: {k} is the text {v!r}; write {v.capitalize()}.")
+    ns["_parameters_checked"] = True
+    return out
 
-# %% ../nbs/00_config.ipynb #7d6158e8
+# %% ../nbs/00_config.ipynb #2e4645a8
 def versions() -> dict:
     "Versions of what results depend on."
     out = dict(python=platform.python_version())
@@ -108,6 +121,7 @@ def pick_device(
     import torch
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     try: dev = torch.device(device)
-    except RuntimeError: raise ConfigError(f"device {device!r} is not one that torch knows; use 'auto', 'cpu' or 'cuda'.") from None
+    except (RuntimeError, TypeError): raise ConfigError(f"device {device!r} is not one that torch knows; use 'auto', 'cpu' or 'cuda'.") from None
     if dev.type == "cuda" and not torch.cuda.is_available(): raise ConfigError(f"device {device!r}: torch sees no GPU here; use 'auto' or 'cpu'.")
-    return device
+    if dev.type == "cuda" and (dev.index or 0) >= torch.cuda.device_count(): raise ConfigError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPU(s), counted from 0.")
+    return str(dev)

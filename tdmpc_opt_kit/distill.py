@@ -4,29 +4,28 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DISTILL_PRESETS', 'load_teachers', 'reward_distill_loss', 'policy_distill_loss', 'Distill',
-           'DistillConfig', 'planning_tasks', 'check_data', 'prepare_store', 'Pair']
+           'DistillConfig', 'planning_tasks', 'run_tasks', 'check_data', 'Reseeded', 'prepare_store', 'Pair']
 
-# %% ../nbs/22_distill.ipynb #c3df95b0
-import json
+# %% ../nbs/22_distill.ipynb #7b69a883
+import json, os, zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .agent import PolicyAgent, RandomAgent, TaskModels
-from .checkpoint import load_world_model, read_card
+from .agent import Agent, PolicyAgent, RandomAgent, TaskModels
+from .checkpoint import load_world_model
 from .config import ConfigError, nearest
-from .data import Store, chunk_files, collect, convert_chunks, is_store
+from .data import Store, chunk_files, collect, convert_chunks, is_store, open_chunk
 from .tasks import MT30, task_set
 from .train import Learner, TrainConfig
 from .twohot import from_two_hot
-from .world_model import SIZES, WorldModel, model_size
+from .world_model import WorldModel, model_size
 
-# %% ../nbs/22_distill.ipynb #575cf3db
+# %% ../nbs/22_distill.ipynb #ed2336f6
 def load_teachers(
     teacher,           # A checkpoint's path, a folder of them, a JSON file, or a mapping from task names to paths
     device="cpu",      # Where the teachers live
@@ -34,9 +33,10 @@ def load_teachers(
 ) -> TaskModels:
     "The teachers that a parameter names; raises `ConfigError` for what is missing or does not fit."
     if isinstance(teacher, TaskModels): return teacher
+    if not isinstance(teacher, (str, Path, Mapping)): raise ConfigError(f"teacher must be a path or a mapping from task names to paths, not {teacher!r}.")
     load = lambda p, **kw: load_world_model(p, device=device, dtype=dtype, **kw).requires_grad_(False)
     if isinstance(teacher, Mapping): return TaskModels(_load_mapping(teacher, Path("."), load))
-    path = Path(teacher)
+    path = Path(teacher).expanduser()
     if path.suffix == ".json" and path.is_file():
         try: mapping = json.loads(path.read_text())
         except json.JSONDecodeError as e: raise ConfigError(f"{path}: not valid JSON ({e}).") from None
@@ -46,18 +46,17 @@ def load_teachers(
     return TaskModels(load(path))
 
 def _load_mapping(
-    mapping,    # task name -> path
+    mapping,    # task name (or several with commas) -> path
     base:Path,  # Relative paths start here, or where the run was started
     load,       # path -> model
 ) -> dict:      # task name -> model; tasks with the same file share it
     models, out = {}, {}
     for name, p in mapping.items():
-        spec, = task_set(name)
-        p = base/p if (base/p).exists() else Path(p)
-        key = str(p)
-        if key not in models: models[key] = load(p)
-        if models[key].tasks is None: models[key] = load(p, tasks=spec.name)
-        out[spec.name] = models[key]
+        if not isinstance(p, (str, Path)): raise ConfigError(f"The teacher of {name} must be a checkpoint's path, not {p!r}.")
+        p = Path(p).expanduser()
+        p = base/p if (base/p).exists() else p
+        if p not in models: models[p] = load(p)
+        for spec in task_set(name): out[spec.name] = models[p] if models[p].tasks is not None else load(p, tasks=spec.name)
     return out
 
 def _load_folder(
@@ -116,7 +115,7 @@ class Distill:
             out["policy_distill_loss"] = self.policy_coef * policy_distill_loss(ours, theirs, m.mask(batch.task))
         return out
 
-# %% ../nbs/22_distill.ipynb #9275f928
+# %% ../nbs/22_distill.ipynb #a5130810
 RECIPES = dict(paper=dict(reward_coef=0.45, policy_coef=0., pi_coef=1.),
                best=dict(reward_coef=0.45, policy_coef=10., pi_coef=0.1))
 
@@ -155,22 +154,29 @@ class DistillConfig:
         if self.recipe not in RECIPES: raise ConfigError(f"There is no recipe {self.recipe!r}; there are {', '.join(RECIPES)}.{nearest(self.recipe, RECIPES)}")
         for k, v in RECIPES[self.recipe].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
-        if isinstance(self.noise_stds, (int, float)): object.__setattr__(self, "noise_stds", (float(self.noise_stds),))
-        object.__setattr__(self, "noise_stds", tuple(float(x) for x in (self.noise_stds.split(",") if isinstance(self.noise_stds, str) else self.noise_stds)))
+        object.__setattr__(self, "noise_stds", _numbers(self.noise_stds))
         _check_numbers(self)
         model_size(self.student_size)
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 
-# %% ../nbs/22_distill.ipynb #0b433ded
+# %% ../nbs/22_distill.ipynb #5e23669e
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
               save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
-    quick=dict(),
+    quick=dict(steps=2000, batch_size=128, eval_every=500),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, explore=True))
 
-# %% ../nbs/22_distill.ipynb #1fdd90ac
+# %% ../nbs/22_distill.ipynb #095f64ff
+def _numbers(
+    given,   # A number, numbers with commas, or a sequence of them
+) -> tuple:  # Of floats
+    "The noise strengths that a parameter means."
+    if isinstance(given, str): given = given.split(",")
+    try: return tuple(float(x) for x in (given if isinstance(given, (tuple, list)) else [given]))
+    except (TypeError, ValueError): raise ConfigError(f"noise_stds must be numbers, as in '0,0.2,0.5', not {given!r}.") from None
+
 def _check_numbers(
     c:DistillConfig,  # To check
 ):
@@ -183,7 +189,10 @@ def _check_numbers(
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < float("inf"): raise ConfigError(f"{k} must be a number of at least 0, not {v!r}.")
     if c.lr == 0: raise ConfigError("lr must be above 0.")
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
-    if not c.noise_stds or min(c.noise_stds) < 0: raise ConfigError(f"noise_stds must be numbers of at least 0, not {c.noise_stds}.")
+    for k in ("scratch", "explore"):
+        if not isinstance(getattr(c, k), bool): raise ConfigError(f"{k} must be True or False, not {getattr(c, k)!r}.")
+    if not c.noise_stds or not all(0 <= x < float("inf") for x in c.noise_stds): raise ConfigError(f"noise_stds must be numbers of at least 0, not {c.noise_stds}.")
+    if len({f"{x:g}" for x in c.noise_stds}) < len(c.noise_stds): raise ConfigError(f"noise_stds has a strength twice: {c.noise_stds}; collect more episodes of one with collect_episodes.")
 
 def planning_tasks(
     which:str,  # "all", "none", a number, or names
@@ -201,24 +210,59 @@ def planning_tasks(
         if t not in specs: raise ConfigError(f"eval_planning names {t.name}, which is not among the run's tasks.")
     return chosen
 
-# %% ../nbs/22_distill.ipynb #3163c91e
+# %% ../nbs/22_distill.ipynb #6ea9ee9b
+def run_tasks(
+    cfg:DistillConfig,    # The run's settings
+    teachers:TaskModels,  # Who teaches
+) -> tuple:               # `TaskSpec`s
+    "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where a teacher is missing or its task unclear."
+    if cfg.tasks is not None:
+        teachers.require(cfg.tasks, "teacher")
+        return task_set(cfg.tasks)
+    unclear = [t.name for t in teachers.tasks if teachers.model_for(t).tasks is None]
+    if len(unclear) > 1: raise ConfigError(f"teacher does not say which task it was trained for; its widths fit {', '.join(unclear)}. Name one: tasks={unclear[0]}.")
+    return teachers.tasks
+
+# %% ../nbs/22_distill.ipynb #fae06c2f
 def check_data(
     cfg:DistillConfig,  # The run's settings
     specs,              # `TaskSpec`s of the run
 ) -> str:               # "collect", "convert" or "store"
-    "Where the data will come from; raises `ConfigError` for a missing path, an empty store or a task without rows."
+    "Where the data will come from; raises `ConfigError` for a missing path, no chunks, an empty store or a task without rows."
     if cfg.data_dir is None: return "collect"
     path = Path(cfg.data_dir)
     if not path.exists(): raise ConfigError(f"data_dir {path} does not exist; leave it out to collect episodes with the teachers.")
+    if not path.is_dir(): raise ConfigError(f"data_dir {path} is a file; give a store, or the folder of upstream's chunks.")
     if not is_store(path):
-        chunk_files(path)  # Raises if there are none
+        for f in chunk_files(path): open_chunk(f)  # Raises if there are none, and for a damaged one
+        if not os.access(path, os.W_OK): raise ConfigError(f"data_dir {path}: the store that is made of the chunks goes beside them, but the folder cannot be written; link the chunks into another one.")
         return "convert"
     store = Store(path)
     if not store.tasks: raise ConfigError(f"data_dir {path} is an empty store; collect into it first, or leave data_dir out.")
-    missing = [s.name for s in specs if s.name not in store.tasks]
-    if missing: raise ConfigError(f"data_dir {path} has no episodes of {', '.join(missing)}; it has {', '.join(store.tasks)}. Give tasks that it has.")
+    _require(store, specs)
     return "store"
 
+def _require(
+    store:Store,  # To learn from
+    specs,        # `TaskSpec`s of the run
+):
+    missing = [s.name for s in specs if s.name not in store.tasks]
+    if missing: raise ConfigError(f"data_dir {store.path} has no episodes of {', '.join(missing)}; it has {', '.join(store.tasks)}. Give tasks that it has.")
+
+# %% ../nbs/22_distill.ipynb #540a1e53
+class Reseeded(Agent):
+    "An agent whose noise in a round of episodes is the same whatever was drawn before."
+    def __init__(self,
+        agent,      # Draws from `generator`
+        generator,  # `torch.Generator`
+        seed:int=0, # Of the collection
+    ): self.agent, self.generator, self.seed = agent, generator, seed
+
+    def act(self, obs, task, first):
+        if first.all(): self.generator.manual_seed(zlib.crc32(obs.numpy().tobytes(), self.seed % 2**32))
+        return self.agent.act(obs, task, first)
+
+# %% ../nbs/22_distill.ipynb #b90d3e58
 def prepare_store(
     cfg:DistillConfig,     # The run's settings
     teachers:TaskModels,   # Who collects
@@ -229,12 +273,15 @@ def prepare_store(
     "The store that the run learns from; called again, it does what is left."
     how = check_data(cfg, specs)
     if how == "store": return Store(cfg.data_dir)
-    if how == "convert": return convert_chunks(cfg.data_dir, Path(cfg.data_dir)/"store", progress=progress)
-    store = Store.open_or_create(Path(out_dir)/"store")
-    g = torch.Generator().manual_seed(cfg.seed)
-    for i, std in enumerate(cfg.noise_stds):
-        collect(PolicyAgent(teachers, std, g), specs, cfg.collect_episodes, store, cfg.seed + i, origin=f"teacher, noise {std:g}", progress=progress)
-    if cfg.random_episodes: collect(RandomAgent(g), specs, cfg.random_episodes, store, cfg.seed + 1000, origin="uniform random", progress=progress)
+    if how == "convert":
+        store = convert_chunks(cfg.data_dir, Path(cfg.data_dir)/"store", progress=progress)
+        _require(store, specs)
+        return store
+    store, g = Store.open_or_create(Path(out_dir)/"store"), torch.Generator()
+    jobs = [(f"teacher, noise {std:g}", PolicyAgent(teachers, std, g), cfg.collect_episodes, cfg.seed + i) for i, std in enumerate(cfg.noise_stds)]
+    if cfg.random_episodes: jobs.append(("uniform random", RandomAgent(g), cfg.random_episodes, cfg.seed + 1000))
+    for origin, agent, episodes, seed in jobs:
+        collect(Reseeded(agent, g, seed), specs, episodes, store, seed, origin=origin, progress=progress)
     return store
 
 # %% ../nbs/22_distill.ipynb #ba19279d

@@ -6,12 +6,11 @@
 __all__ = ['over_time', 'consistency_loss', 'two_hot_ce', 'reward_loss', 'value_loss', 'choose_two', 'td_target', 'RunningScale',
            'policy_loss']
 
-# %% ../nbs/20_losses.ipynb #14789e13
+# %% ../nbs/20_losses.ipynb #95eca9be
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .twohot import bin_position, two_hot
+from .twohot import bin_position
 
 # %% ../nbs/20_losses.ipynb #da419b2a
 def over_time(
@@ -31,17 +30,17 @@ def consistency_loss(
     "Latent prediction error (TD-MPC2, equation 3, first term)."
     return over_time((z - target).square().mean((1, 2)), rho)
 
-# %% ../nbs/20_losses.ipynb #83e31218
+# %% ../nbs/20_losses.ipynb #dca7b8bd
 def two_hot_ce(
     logits:Tensor,  # `[..., 101]`
-    x:Tensor,       # Scalars `[..., 1]`
+    x:Tensor,       # Scalars `[..., 1]`, or without some of the leading axes
 ) -> Tensor:        # `[...]`
     "Cross-entropy of logits against the two-hot distribution of a scalar."
     low, w = bin_position(x)
     picked = logits.gather(-1, torch.cat([low, low + 1], -1).expand(*logits.shape[:-1], 2))
     return logits.logsumexp(-1) - (1 - w[..., 0]) * picked[..., 0] - w[..., 0] * picked[..., 1]
 
-# %% ../nbs/20_losses.ipynb #1f8f97db
+# %% ../nbs/20_losses.ipynb #1589acee
 def reward_loss(
     logits:Tensor,  # Reward logits along the rollout `[H, B, 101]`
     reward:Tensor,  # Rewards `[H, B, 1]`
@@ -56,11 +55,7 @@ def value_loss(
     rho:float=0.5,  # Weight of a step relative to the one before
 ) -> Tensor:        # Scalar
     "Cross-entropy of predicted values, the mean over heads (TD-MPC2, equation 3, third term)."
-    low, w = bin_position(target)
-    at = torch.cat([low, low + 1], -1).expand(len(logits), *low.shape[:-1], 2)
-    picked = logits.gather(-1, at)
-    ce = logits.logsumexp(-1) - (1 - w[..., 0]) * picked[..., 0] - w[..., 0] * picked[..., 1]
-    return over_time(ce.mean((0, 2)), rho)
+    return over_time(two_hot_ce(logits, target).mean((0, 2)), rho)
 
 # %% ../nbs/20_losses.ipynb #7b2d8a4d
 def choose_two(
@@ -94,13 +89,13 @@ class RunningScale:
         p = torch.quantile(q.float().flatten(), torch.tensor([0.05, 0.95], device=q.device))
         self.value.lerp_((p[1] - p[0]).clamp(min=1.), self.tau)
 
-# %% ../nbs/20_losses.ipynb #f0061b92
+# %% ../nbs/20_losses.ipynb #99fc24ca
 def policy_loss(
-    q:Tensor,                # Mean of two heads' values `[H + 1, B, 1]`
-    log_prob:Tensor,         # Of the actions that q values `[H + 1, B, 1]`
+    q:Tensor,                # Mean of two heads' values `[H+1, B, 1]`
+    log_prob:Tensor,         # Of the actions that q values `[H+1, B, 1]`
     scale:Tensor,            # `RunningScale.value`
-    rho:float=0.5,  # Weight of a step relative to the one before
-    entropy_coef:float=1e-4,
+    rho:float=0.5,           # Weight of a step relative to the one before
+    entropy_coef:float=1e-4, # Weight of the log probability
 ) -> Tensor:                 # Scalar
     "Mean over t of rho^t times (entropy_coef log pi - q / scale) (TD-MPC2, equation 4)."
     return over_time((entropy_coef * log_prob - q / scale).mean((1, 2)), rho)

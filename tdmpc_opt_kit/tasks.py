@@ -6,7 +6,8 @@
 __all__ = ['MAX_OBS', 'MAX_ACTION', 'EPISODE_LENGTH', 'ACTION_REPEAT', 'MT30', 'OBS_DIMS', 'ACTION_DIMS', 'TaskSpec', 'task_set',
            'pad', 'action_mask', 'discount']
 
-# %% ../nbs/01_tasks.ipynb #a198f5b4
+# %% ../nbs/01_tasks.ipynb #8ff3f596
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,7 @@ def _spec(
 
 MT30 = tuple(_spec(i, r) for i, r in enumerate(_table.strip().replace("\n", "|").split("|")))
 
-# %% ../nbs/01_tasks.ipynb #54604470
+# %% ../nbs/01_tasks.ipynb #0261071d
 _by_name = {t.name: t for t in MT30}
 
 def task_set(
@@ -58,6 +59,7 @@ def task_set(
     if isinstance(tasks, str):
         if tasks.strip().lower() == "mt30": return MT30
         tasks = [t.strip() for t in tasks.split(",") if t.strip()]
+    if not isinstance(tasks, Iterable): raise ConfigError(f"Tasks are named by 'mt30', a name, names with commas or a list of them, not by {tasks!r}.")
     out = {}
     for t in tasks:
         name = t.name if isinstance(t, TaskSpec) else t

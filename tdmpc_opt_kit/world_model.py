@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SIZES', 'LOG_STD_MIN', 'LOG_STD_MAX', 'ModelConfig', 'model_size', 'WorldModel', 'PiOut']
 
-# %% ../nbs/12_world_model.ipynb #ea55fa3a
+# %% ../nbs/12_world_model.ipynb #5f660d8b
 import copy, math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ from torch.nn import functional as F
 
 from .config import ConfigError, nearest, override
 from .layers import Ensemble, init_weights, mlp, simnorm
-from .tasks import MAX_ACTION, MAX_OBS, MT30, task_set
-from .twohot import NUM_BINS, from_two_hot
+from .tasks import MAX_ACTION, MAX_OBS, task_set
+from .twohot import NUM_BINS
 
-# %% ../nbs/12_world_model.ipynb #0dc712bd
+# %% ../nbs/12_world_model.ipynb #637d2e17
 @dataclass(frozen=True)
 class ModelConfig:
     "Widths of a world model."
@@ -37,7 +36,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for k, v in asdict(self).items():
-            if k != "size" and v < (k == "num_enc_layers" or k != "task_dim"): raise ConfigError(f"{k} must be positive, not {v}.")
+            least = 0 if k == "task_dim" else 1
+            if k != "size" and v < least: raise ConfigError(f"{k} must be at least {least}, not {v}.")
         if self.latent_dim % 8: raise ConfigError(f"latent_dim must be divisible by 8 (SimNorm's groups), not {self.latent_dim}.")
 
 SIZES = {n: ModelConfig(n, *v) for n, v in {

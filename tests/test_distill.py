@@ -1,5 +1,6 @@
 """Distillation: a resumed run equals an uninterrupted one, and bad input is refused with one clear error before any long work."""
 import json
+import signal
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def config(**kw): return from_preset(DistillConfig, DISTILL_PRESETS, "tiny", **k
 
 
 def training(home, out, cfg, resume=False, stop_at=None):
-    "The training part of run_distill, as the notebook does it; `stop_at` interrupts as Ctrl-C would."
+    "The training part of run_distill, as the notebook does it; `stop_at` interrupts as Ctrl-C would, between the student's update and the baseline's."
     run = RunFolder(out)
     state = begin_run(run, cfg, resume)
     pair, sampler = Pair(cfg, load_teachers(home / "teachers")), Sampler(home / "store", TASKS, cfg.batch_size, cfg.horizon, cfg.balance, cfg.seed)
@@ -41,15 +42,17 @@ def training(home, out, cfg, resume=False, stop_at=None):
         pair.load_state_dict(state["pair"])
         sampler.load_state_dict(state["sampler"])
 
-    def batches():
-        if stop_at and pair.step == stop_at: raise KeyboardInterrupt
-        return sampler.sample()
+    baseline = pair.learners["scratch"].update
+    def update(*args):
+        if pair.step == stop_at: signal.raise_signal(signal.SIGINT)
+        return baseline(*args)
+    pair.learners["scratch"].update = update
 
     def log(line):
         for row in pair.lines(line): run.log(row)
 
     save = lambda step: run.save(step, dict(pair=pair.state_dict(), sampler=sampler.state_dict()), pair.models["student"])
-    train(pair, batches, cfg.steps, log_every=2, on_log=log, save_every=4, on_save=save, progress=False)
+    train(pair, sampler.sample, cfg.steps, log_every=2, on_log=log, save_every=4, on_save=save, progress=False)
     return pair, run
 
 
@@ -129,6 +132,13 @@ def test_reward_term_moves_the_student_toward_the_teacher(home):
     (dict(balance="task"), "balance"), (dict(eval_episodes=0), "eval_episodes"), (dict(horizon=0), "horizon")])
 def test_impossible_values(kw, word):
     with pytest.raises(ConfigError, match=word.replace("(", r"\(")): config(**kw)
+
+
+@pytest.mark.parametrize(("preset", "kw", "weights"), [
+    ("quick", dict(), (0.45, 10., 0.1)), ("quick", dict(recipe="paper"), (0.45, 0., 1.)), ("mt30", dict(), (0.45, 0., 1.)), ("quick", dict(recipe="paper", policy_coef=2.), (0.45, 2., 1.))])
+def test_a_recipe_decides_what_nobody_gave(preset, kw, weights):
+    c = from_preset(DistillConfig, DISTILL_PRESETS, preset, **kw)
+    assert (c.reward_coef, c.policy_coef, c.pi_coef) == weights
 
 
 def test_unknown_preset():
