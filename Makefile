@@ -26,7 +26,7 @@ distill: setup ## distil the teachers into the 1M student; ARGS="-p steps 500" s
 	@cd "$(ROOT)" && mkdir -p "$(RUN)" && echo "Distilling into $(RUN)" && \
 	$(PY) -m papermill nbs/run_distill.ipynb "$(RUN)/run_distill.ipynb" --cwd . --no-progress-bar --stdout-file - --stderr-file - \
 	    -p out_dir "$(RUN)" $(ARGS) || \
-	{ rc=$$?; [ ! -e "$(RUN)/checkpoints" ] || echo "To go on from the last checkpoint: make distill RUN=$(RUN) ARGS=\"-p resume True\""; exit $$rc; }
+	{ rc=$$?; [ ! -e "$(RUN)/config.json" ] || echo "To go on from the last checkpoint: make distill RUN=$(RUN) ARGS=\"-p resume True\""; exit $$rc; }
 	@echo "Done. The executed notebook, with figures and video: $(RUN)/run_distill.ipynb; the numbers: $(RUN)/report.json"
 
 test: setup ## every notebook, then every other test; ARGS="-k planner" picks some

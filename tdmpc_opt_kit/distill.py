@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'DISTILL_PRESETS', 'load_teachers', 'reward_distill_loss', 'policy_distill_loss', 'Distill',
            'DistillConfig', 'planning_tasks', 'run_tasks', 'check_data', 'Reseeded', 'prepare_store', 'Pair']
 
-# %% ../nbs/22_distill.ipynb #7b69a883
+# %% ../nbs/22_distill.ipynb #f15d6f07
 import json, os, zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .agent import Agent, PolicyAgent, RandomAgent, TaskModels
 from .checkpoint import load_world_model
-from .config import ConfigError, nearest
+from .config import ConfigError, check_number, check_whole, nearest
 from .data import Store, chunk_files, collect, convert_chunks, is_store, open_chunk
 from .tasks import MT30, task_set
 from .train import Learner, TrainConfig
@@ -115,9 +115,9 @@ class Distill:
             out["policy_distill_loss"] = self.policy_coef * policy_distill_loss(ours, theirs, m.mask(batch.task))
         return out
 
-# %% ../nbs/22_distill.ipynb #a5130810
+# %% ../nbs/22_distill.ipynb #7015af29
 RECIPES = dict(paper=dict(reward_coef=0.45, policy_coef=0., pi_coef=1.),
-               best=dict(reward_coef=0.45, policy_coef=10., pi_coef=0.1))
+               best=dict(reward_coef=0.45, policy_coef=30., pi_coef=0.))
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -160,15 +160,15 @@ class DistillConfig:
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 
-# %% ../nbs/22_distill.ipynb #5e23669e
+# %% ../nbs/22_distill.ipynb #070c9ac4
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
               save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
-    quick=dict(steps=2000, batch_size=128, eval_every=500),
+    quick=dict(steps=2000, batch_size=128, lr=1e-3, eval_every=500),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, explore=True))
 
-# %% ../nbs/22_distill.ipynb #095f64ff
+# %% ../nbs/22_distill.ipynb #4242b93d
 def _numbers(
     given,   # A number, numbers with commas, or a sequence of them
 ) -> tuple:  # Of floats
@@ -180,14 +180,9 @@ def _numbers(
 def _check_numbers(
     c:DistillConfig,  # To check
 ):
-    whole = dict(steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, seed=0)
-    for k, low in whole.items():
-        v = getattr(c, k)
-        if isinstance(v, bool) or not isinstance(v, int) or v < low: raise ConfigError(f"{k} must be a whole number of at least {low}, not {v!r}.")
-    for k in ("reward_coef", "policy_coef", "pi_coef", "lr"):
-        v = getattr(c, k)
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < float("inf"): raise ConfigError(f"{k} must be a number of at least 0, not {v!r}.")
-    if c.lr == 0: raise ConfigError("lr must be above 0.")
+    check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, seed=0)
+    check_number(c, "reward_coef", "policy_coef", "pi_coef")
+    check_number(c, "lr", above=True)
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
     for k in ("scratch", "explore"):
         if not isinstance(getattr(c, k), bool): raise ConfigError(f"{k} must be True or False, not {getattr(c, k)!r}.")
@@ -284,7 +279,7 @@ def prepare_store(
         collect(Reseeded(agent, g, seed), specs, episodes, store, seed, origin=origin, progress=progress)
     return store
 
-# %% ../nbs/22_distill.ipynb #ba19279d
+# %% ../nbs/22_distill.ipynb #9a6d88d8
 class Pair:
     "A student and, beside it, the same network without a teacher, updated on the same slices."
     def __init__(self,
@@ -317,6 +312,12 @@ class Pair:
         "Split a line by agent."
         common = {k: v for k, v in line.items() if "/" not in k}
         return [common | dict(agent=name) | {k.split("/")[1]: v for k, v in line.items() if k.startswith(name + "/")} for name in self.learners]
+
+    def brief(self,
+        line:dict,  # Of the training loop
+    ) -> dict:      # name -> number
+        "What a progress bar has room for: what distillation adds, and everybody's total."
+        return {k.removesuffix("_loss").removeprefix("student/"): v for k, v in line.items() if "_distill_" in k} | {k: line[f"{k}/total_loss"] for k in self.learners}
 
     def state_dict(self) -> dict: return {k: l.state_dict() for k, l in self.learners.items()}
 

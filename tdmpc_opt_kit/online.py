@@ -6,9 +6,9 @@
 __all__ = ['ONLINE_PRESETS', 'SMALL_PLAN', 'OnlineConfig', 'Replay', 'Explorer', 'Teaching', 'train_teacher', 'reached',
            'evaluate_policy']
 
-# %% ../nbs/23_online.ipynb #f53d334d
+# %% ../nbs/23_online.ipynb #05a66c72
 import math, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from fastcore.basics import patch
 
 from .agent import PlanAgent, PolicyAgent
 from .checkpoint import RunFolder, save_world_model
-from .config import ConfigError, pick_device
+from .config import ConfigError, check_number, check_whole, pick_device
 from .data import Batch, roll
 from .envs import VecEnv
 from .planner import PlanConfig
-from .tasks import ACTION_DIMS, EPISODE_LENGTH, MAX_ACTION, MAX_OBS, action_mask, task_set
+from .tasks import EPISODE_LENGTH, MAX_ACTION, MAX_OBS, action_mask, task_set
 from .train import Learner, TrainConfig, begin_run
 from .world_model import WorldModel, model_size
 
-# %% ../nbs/23_online.ipynb #6066151a
+# %% ../nbs/23_online.ipynb #1b4c5462
 @dataclass(frozen=True)
 class OnlineConfig:
     "What `train_teacher` does; the parameters of `run_teacher.ipynb`."
@@ -51,11 +51,21 @@ class OnlineConfig:
     threads:int=0               # CPU threads of the learner, 0 leaves PyTorch's choice
 
     def __post_init__(self):
-        task_set(self.tasks); model_size(self.size)
-        for k in ("decisions", "num_envs", "batch_size", "horizon", "seed_episodes", "capacity", "eval_every", "eval_episodes"):
-            if getattr(self, k) < 1: raise ConfigError(f"{k} must be at least 1, not {getattr(self, k)}.")
+        specs = task_set(self.tasks)
+        model_size(self.size)
+        check_whole(self, decisions=1, num_envs=1, batch_size=2, horizon=1, seed_episodes=1, capacity=1, eval_every=1, eval_episodes=1, seed=0, threads=0)
+        check_number(self, "lr", "updates_per_decision", "noise_decay", above=True)
+        check_number(self, "noise_start", "noise_end", "enough")
+        check_number(self, "noise_corr", high=0.999)
         if self.explore not in ("policy", "plan"): raise ConfigError(f"explore must be 'policy' or 'plan', not {self.explore!r}.")
-        if not self.updates_per_decision > 0: raise ConfigError(f"updates_per_decision must be above 0, not {self.updates_per_decision}.")
+        at_random = self.seed_turns * self.num_envs * len(specs)
+        if (self.decisions - at_random) * self.updates_per_decision < 1:
+            raise ConfigError(f"decisions must leave room for updates after the {at_random} random ones that seed_episodes asks for, not {self.decisions}.")
+
+    @property
+    def seed_turns(self) -> int:
+        "Random decisions of each environment before the first update: whole episodes."
+        return math.ceil(self.seed_episodes / self.num_envs) * EPISODE_LENGTH
 
 # %% ../nbs/23_online.ipynb #915fdfa9
 ONLINE_PRESETS = dict(
@@ -148,7 +158,7 @@ class Explorer:
         a = self.agent.act(obs, task, first).numpy()
         return (np.clip(a + self.std(decisions) * self.noise, -1, 1) * self.mask).astype(np.float32)
 
-# %% ../nbs/23_online.ipynb #68f5c163
+# %% ../nbs/23_online.ipynb #0146d8b6
 class Teaching:
     "An online run in progress."
     def __init__(self,
@@ -174,7 +184,7 @@ def open(self:Teaching):
     self.task = torch.from_numpy(self.env.task)
     self.replay = Replay(self.env.task, max(c.capacity // c.num_envs, 2), c.horizon, c.seed + self.decisions)
     agent = PolicyAgent(self.model) if c.explore == "policy" else PlanAgent(self.model, SMALL_PLAN, self.generator)
-    self.explorer, self.seeding = Explorer(agent, c, self.env.task), c.seed_episodes * EPISODE_LENGTH
+    self.explorer, self.seeding = Explorer(agent, c, self.env.task), c.seed_turns
     self.obs, self.first = self.env.reset(), torch.ones(len(names), dtype=torch.bool)
     self.replay.begin(self.obs)
 

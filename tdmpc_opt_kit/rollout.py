@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['record', 'side_by_side', 'write_video']
 
-# %% ../nbs/40_rollout.ipynb #a75a0cf8
+# %% ../nbs/40_rollout.ipynb #f3bf1ef3
 import shutil
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from .data import roll
 from .envs import VecEnv, render_backend, render_episode
-from .tasks import EPISODE_LENGTH, task_set
+from .tasks import ACTION_REPEAT, EPISODE_LENGTH, task_set
 
 # %% ../nbs/40_rollout.ipynb #e51dc87e
 def record(
@@ -26,7 +26,7 @@ def record(
     "One episode of one agent, without pictures."
     with VecEnv([task_set(task)[0].name], [seed], num_workers=1, max_steps=max_steps) as envs: return roll(agent, envs, max_steps)[0]
 
-# %% ../nbs/40_rollout.ipynb #af606df4
+# %% ../nbs/40_rollout.ipynb #50093ec6
 def side_by_side(
     agents:dict,           # name -> agent
     task,                  # A name or `TaskSpec`
@@ -44,7 +44,7 @@ def side_by_side(
         returns[name] = float(np.nansum(reward))
         if backend is None: continue
         frames, _ = render_episode(spec.name, seed, action[1:, :spec.action_dim], every=every, height=height, width=width)
-        so_far = np.nancumsum(reward)[np.minimum(np.arange(len(frames)) * every, len(reward) - 1)] / max_steps
+        so_far = np.nancumsum(reward)[np.minimum(np.arange(len(frames)) * every, len(reward) - 1)] / (max_steps * ACTION_REPEAT)
         bar = np.full((len(frames), 8, width, 3), 40, np.uint8)
         bar[np.arange(width) < (so_far * width)[:, None, None].repeat(8, 1)] = (80, 200, 120)
         films.append(np.concatenate([frames, bar], 1))

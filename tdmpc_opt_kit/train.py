@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'Learner', 'interrupts', 'train', 'begin_run', 'new_run_dir']
 
-# %% ../nbs/21_train.ipynb #9574eb41
+# %% ../nbs/21_train.ipynb #c17b68dd
 import contextlib, signal, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checkpoint import RunFolder
-from .config import ConfigError
+from .config import ConfigError, check_number
 from .losses import RunningScale, choose_two, consistency_loss, policy_loss, reward_loss, td_target, value_loss
 from .tasks import discount
 from .twohot import from_two_hot
 from .world_model import WorldModel
 
-# %% ../nbs/21_train.ipynb #2b5dc761
+# %% ../nbs/21_train.ipynb #9ac3915d
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of the update; the defaults are the published ones."
@@ -39,14 +39,10 @@ class TrainConfig:
     dropout:float=0.01           # In the first hidden layer of the Q heads
 
     def __post_init__(self):
-        if not self.lr > 0: raise ConfigError(f"lr must be above 0, not {self.lr}.")
-        for k in ("consistency_coef", "reward_pred_coef", "value_coef", "pi_coef", "entropy_coef"):
-            if not getattr(self, k) >= 0: raise ConfigError(f"{k} must be at least 0, not {getattr(self, k)}.")
-        if not 0 <= self.dropout < 1: raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout}.")
-        for k in ("rho", "tau", "discount"):
-            if not 0 <= getattr(self, k) <= 1: raise ConfigError(f"{k} must lie between 0 and 1, not {getattr(self, k)}.")
-        for k in ("enc_lr_scale", "grad_clip"):
-            if not getattr(self, k) > 0: raise ConfigError(f"{k} must be above 0, not {getattr(self, k)}.")
+        check_number(self, "lr", "enc_lr_scale", "grad_clip", above=True)
+        check_number(self, "consistency_coef", "reward_pred_coef", "value_coef", "pi_coef", "entropy_coef")
+        check_number(self, "rho", "tau", "discount", high=1.)
+        check_number(self, "dropout", high=0.99)
 
 # %% ../nbs/21_train.ipynb #b74f797a
 class Learner:
@@ -182,7 +178,14 @@ def interrupts():
     try: yield asked
     finally: signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
 
-# %% ../nbs/21_train.ipynb #c7f3df60
+# %% ../nbs/21_train.ipynb #9a01d298
+@patch
+def brief(self:Learner,
+    line:dict, # Of the log
+) -> dict:     # name -> number
+    "What a progress bar shows of a line: the losses."
+    return {k.removesuffix("_loss"): v for k, v in line.items() if k.endswith("_loss")}
+
 def train(
     learner:Learner,      # Trained in place, from `learner.step` on
     next_batch,           # () -> batch
@@ -207,7 +210,7 @@ def train(
                 line = dict(step=learner.step) | {k: float(v) for k, v in stats.items()}
                 line["updates_per_second"] = (learner.step - start) / (time.perf_counter() - t0)
                 if not all(v == v for v in line.values()): raise FloatingPointError(f"update {learner.step}: a loss is NaN ({line}); lower lr.")
-                bar.set_postfix({k.removesuffix("_loss"): f"{v:.3g}" for k, v in line.items() if k.endswith("_loss")})
+                bar.set_postfix({k: f"{v:.3g}" for k, v in learner.brief(line).items()})
                 if on_log: on_log(line)
             if on_save and (asked or save_every and learner.step % save_every == 0 and learner.step < steps): on_save(learner.step)
             if asked: raise KeyboardInterrupt

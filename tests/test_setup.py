@@ -114,7 +114,7 @@ def made_again(tmp_path_factory):
     return copy
 
 def test_modules_equal_notebooks(made_again):
-    names = [{p.name for p in (root/"tdmpc_opt_kit").glob("*.py")} for root in (ROOT, made_again)]
+    names = [{p.name for p in (root/"tdmpc_opt_kit").glob("*.py")} - {"__init__.py"} for root in (ROOT, made_again)]  # that one is written by hand
     assert names[0] == names[1], "modules without a notebook, or notebooks never exported"
     _, wrong, unreadable = filecmp.cmpfiles(ROOT/"tdmpc_opt_kit", made_again/"tdmpc_opt_kit", names[0], shallow=False)
     assert not wrong + unreadable, f"run nbdev_export: {wrong + unreadable} differ from their notebooks"
