@@ -8,7 +8,7 @@ import torch
 from tdmpc_opt_kit.checkpoint import RunFolder, save_world_model
 from tdmpc_opt_kit.config import ConfigError, from_preset
 from tdmpc_opt_kit.data import Sampler, Store
-from tdmpc_opt_kit.distill import DISTILL_PRESETS, Distill, DistillConfig, Pair, check_data, load_teachers, prepare_store
+from tdmpc_opt_kit.distill import DISTILL_PRESETS, RECIPES, Distill, DistillConfig, Pair, check_data, load_teachers, prepare_store
 from tdmpc_opt_kit.online import ONLINE_PRESETS, OnlineConfig, train_teacher
 from tdmpc_opt_kit.tasks import task_set
 from tdmpc_opt_kit.train import begin_run, train
@@ -135,7 +135,7 @@ def test_impossible_values(kw, word):
 
 
 @pytest.mark.parametrize(("preset", "kw", "weights"), [
-    ("quick", dict(), (0.45, 10., 0.1)), ("quick", dict(recipe="paper"), (0.45, 0., 1.)), ("mt30", dict(), (0.45, 0., 1.)), ("quick", dict(recipe="paper", policy_coef=2.), (0.45, 2., 1.))])
+    ("quick", dict(), tuple(RECIPES["best"].values())), ("quick", dict(recipe="paper"), (0.45, 0., 1.)), ("mt30", dict(), (0.45, 0., 1.)), ("quick", dict(recipe="paper", policy_coef=2.), (0.45, 2., 1.))])
 def test_a_recipe_decides_what_nobody_gave(preset, kw, weights):
     c = from_preset(DistillConfig, DISTILL_PRESETS, preset, **kw)
     assert (c.reward_coef, c.policy_coef, c.pi_coef) == weights
