@@ -468,7 +468,7 @@ BAD_HEADERS = {
     "a field less": (dict(card=lambda c: c | {"model": {k: v for k, v in c["model"].items() if k != "num_q"}}), "no num_q"),
     "unknown field": (dict(card=lambda c: c | {"model": c["model"] | {"num_qs": 3}}), "a model field 'num_qs' that this version of tdmpc_opt_kit does not know. Did you mean 'num_q'?"),
     "text for a number": (dict(card=lambda c: c | {"model": c["model"] | {"mlp_dim": "32"}}), "mlp_dim is '32', not a whole number"),
-    "negative": (dict(card=lambda c: c | {"model": c["model"] | {"mlp_dim": -32}}), "mlp_dim must be positive"),
+    "negative": (dict(card=lambda c: c | {"model": c["model"] | {"mlp_dim": -32}}), "mlp_dim must be at least 1"),
     "other width": (dict(card=lambda c: c | {"model": c["model"] | {"mlp_dim": 64}}), "wrong shapes: dynamics.0.weight is [32, 30], not [64, 30]"),
     "huge width": (dict(card=lambda c: c | {"model": c["model"] | {"mlp_dim": 10**10}}), "m.safetensors"),
     "absurd width": (dict(card=lambda c: c | {"model": c["model"] | {"enc_dim": 10**30}}), "m.safetensors"),
