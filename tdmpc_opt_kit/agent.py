@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TaskModels', 'Agent', 'RandomAgent', 'PolicyAgent', 'PlanAgent', 'make_agent']
 
-# %% ../nbs/15_agent.ipynb #0c5298ce
+# %% ../nbs/15_agent.ipynb #2b7ce100
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .config import ConfigError
 from .planner import PlanConfig, PlanState, plan
-from .tasks import ACTION_DIMS, MAX_ACTION, MT30, action_mask, task_set
+from .tasks import MAX_ACTION, MT30, action_mask, task_set
 from .twohot import from_two_hot
 from .world_model import WorldModel
 

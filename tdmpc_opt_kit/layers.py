@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['simnorm', 'mish', 'NormedLinear', 'mlp', 'StackedLinear', 'Ensemble', 'init_weights']
 
-# %% ../nbs/11_layers.ipynb #a8f0783d
+# %% ../nbs/11_layers.ipynb #08ece619
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # %% ../nbs/11_layers.ipynb #4984dd13
@@ -18,7 +19,7 @@ def simnorm(
     "Softmax over groups of consecutive entries."
     return x.unflatten(-1, (-1, group)).softmax(-1).flatten(-2)
 
-# %% ../nbs/11_layers.ipynb #4ad36ae0
+# %% ../nbs/11_layers.ipynb #6257e98a
 class _Mish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -29,6 +30,7 @@ class _Mish(torch.autograd.Function):
         return t.mul_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad): return grad * ctx.saved_tensors[0]
 
 # %% ../nbs/11_layers.ipynb #c549327a

@@ -6,7 +6,7 @@
 __all__ = ['ONLINE_PRESETS', 'SMALL_PLAN', 'OnlineConfig', 'Replay', 'Explorer', 'Teaching', 'train_teacher', 'reached',
            'evaluate_policy']
 
-# %% ../nbs/23_online.ipynb #05a66c72
+# %% ../nbs/23_online.ipynb #5cc810dd
 import math, time
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .data import Batch, roll
 from .envs import VecEnv
 from .planner import PlanConfig
 from .tasks import EPISODE_LENGTH, MAX_ACTION, MAX_OBS, action_mask, task_set
-from .train import Learner, TrainConfig, begin_run
+from .train import Learner, TrainConfig, begin_run, interrupts
 from .world_model import WorldModel, model_size
 
 # %% ../nbs/23_online.ipynb #1b4c5462
@@ -158,7 +158,7 @@ class Explorer:
         a = self.agent.act(obs, task, first).numpy()
         return (np.clip(a + self.std(decisions) * self.noise, -1, 1) * self.mask).astype(np.float32)
 
-# %% ../nbs/23_online.ipynb #0146d8b6
+# %% ../nbs/23_online.ipynb #076e301f
 class Teaching:
     "An online run in progress."
     def __init__(self,
@@ -179,7 +179,7 @@ class Teaching:
 def open(self:Teaching):
     "Start the environments and an empty replay; after a resume the replay is collected anew."
     c, names = self.cfg, [s.name for s in self.specs for _ in range(self.cfg.num_envs)]
-    seeds = [c.seed + self.decisions + i for i in range(len(names))]
+    seeds = [c.seed + self.decisions % 50_000 + i for i in range(len(names))]
     self.env = VecEnv(names, seeds)
     self.task = torch.from_numpy(self.env.task)
     self.replay = Replay(self.env.task, max(c.capacity // c.num_envs, 2), c.horizon, c.seed + self.decisions)
@@ -219,7 +219,7 @@ def batch(self:Teaching) -> Batch:
     task = torch.tensor([self.local[int(t)] for t in b.task]) if len(self.specs) > 1 else torch.zeros_like(b.task)
     return b._replace(obs=b.obs[..., :m.obs_dim], action=b.action[..., :m.action_dim], task=task).to(self.device)
 
-# %% ../nbs/23_online.ipynb #3ddfe66e
+# %% ../nbs/23_online.ipynb #567ddcea
 def train_teacher(
     cfg:OnlineConfig,    # What to do
     out_dir,             # Run folder
@@ -237,11 +237,15 @@ def train_teacher(
     done = reached(run, cfg)
     t0, due, stats = time.perf_counter() - seconds, (t.decisions // cfg.eval_every + 1) * cfg.eval_every, {}
     bar = tqdm(total=cfg.decisions, initial=t.decisions, desc=cfg.tasks, disable=not progress, mininterval=2.)
+    now = lambda seconds: dict(learner=t.learner.state_dict(), decisions=t.decisions, best=best, seconds=seconds)
     try:
         while t.decisions < cfg.decisions and not done:
             before = t.decisions
-            stats = t.turn() or stats
+            with interrupts() as asked: stats = t.turn() or stats
             bar.update(t.decisions - before)
+            if asked:
+                if t.learner.step: run.save(t.learner.step, now(time.perf_counter() - t0))
+                raise KeyboardInterrupt
             if t.decisions < due and t.decisions < cfg.decisions or not t.learner.step: continue
             due += cfg.eval_every
             returns = evaluate_policy(t)
@@ -252,7 +256,7 @@ def train_teacher(
             if mean > best:
                 best = mean
                 save_world_model(t.model, run.path/"teacher.safetensors", torch.float16, origin=f"online TD-MPC2, {t.decisions} decisions", metrics=line, include_target=False)
-            run.save(t.learner.step, dict(learner=t.learner.state_dict(), decisions=t.decisions, best=best, seconds=line["seconds"]))
+            run.save(t.learner.step, now(line["seconds"]))
             done = reached(run, cfg)
     finally:
         t.env.close(); bar.close()

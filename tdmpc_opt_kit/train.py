@@ -216,7 +216,7 @@ def train(
             if asked: raise KeyboardInterrupt
     return line
 
-# %% ../nbs/21_train.ipynb #10cb24fa
+# %% ../nbs/21_train.ipynb #01d780a2
 def begin_run(
     run:RunFolder,     # The folder
     cfg,               # The run's config, a dataclass
@@ -227,6 +227,7 @@ def begin_run(
     there = (run/"config.json").exists()
     if there and not resume: raise ConfigError(f"{run.path} holds a run already. Give resume=True to go on with it, or another out_dir.")
     if there: run.check_config(cfg, ignore)
+    elif resume: print(f"{run.path} holds no run yet; starting one.")
     run.write_config(cfg)
     return run.last()
 
