@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TaskModels', 'Agent', 'RandomAgent', 'PolicyAgent', 'PlanAgent', 'make_agent']
 
-# %% ../nbs/15_agent.ipynb #2b7ce100
+# %% ../nbs/15_agent.ipynb #dc3f6b7c
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import ConfigError
-from .planner import PlanConfig, PlanState, plan
+from .planner import PlanConfig, PlanState, has_kernels, packed, plan
 from .tasks import MAX_ACTION, MT30, action_mask, task_set
 from .twohot import from_two_hot
 from .world_model import WorldModel
@@ -117,7 +117,7 @@ def _ask(self:TaskModels,
             for o, g in zip(out, got): o[rows] = g
     return tuple(out) if len(shape) == 1 else tuple(o.unflatten(0, shape) for o in out)
 
-# %% ../nbs/15_agent.ipynb #ca5a962c
+# %% ../nbs/15_agent.ipynb #d5b23aea
 @patch
 def reward(self:TaskModels,
     obs:Tensor,    # `[..., 24]`
@@ -136,7 +136,8 @@ def policy(self:TaskModels,
 ) -> tuple:       # mean before tanh, log-std, tanh of the mean `[..., 6]`
     "The policy of each row's model, masked, without gradient."
     def f(m, own, obs):
-        mean, log_std = m.pi_params(m.encode(obs[:, :m.cfg.obs_dim], own), own)
+        obs = obs[:, :m.cfg.obs_dim]
+        mean, log_std = packed(m).ask(obs, own)[1:] if has_kernels(m) else m.pi_params(m.encode(obs, own), own)
         return mean, log_std, mean.tanh()
     return self._ask(f, [MAX_ACTION] * 3, task, obs)
 
