@@ -134,8 +134,8 @@ print(torch.__version__, "on", torch.cuda.get_device_name() if torch.cuda.is_ava
     die "the packages are installed, but they cannot be imported; see above."
 say "Python packages are ready after $((SECONDS - started)) s: PyTorch $torch."
 
-# ---------------------------------------------------------------- what pictures and videos need
-# Nothing of this is needed to train, so what cannot be installed is told and set-up goes on.
+# ---------------------------------------------------------------- what speed, pictures and videos need
+# Nothing of this is indispensable, so what cannot be installed is told and set-up goes on.
 lacking=
 renders() {
     [ "$(uname)" = Linux ] || return 0
@@ -148,6 +148,7 @@ renderer = mujoco.Renderer(model, 8, 8); renderer.update_scene(mujoco.MjData(mod
     return 1
 }
 has_ffmpeg() { command -v ffmpeg >/dev/null; }
+has_compiler() { command -v "${CXX:-g++}" >/dev/null; }
 has_browser() {
     local name
     for name in ${BROWSER_PATH:+"$BROWSER_PATH"} chromium chromium-browser google-chrome google-chrome-stable chrome msedge microsoft-edge brave-browser vivaldi; do
@@ -157,6 +158,8 @@ has_browser() {
 }
 lacks() { warn "$1"; lacking="$lacking $2"; }
 
+has_compiler || { apt_install g++ && has_compiler; } ||
+    lacks "g++ is missing: on a CPU, planning and training run several times slower." g++
 has_ffmpeg || { apt_install ffmpeg && has_ffmpeg; } ||
     lacks "ffmpeg is missing: runs go on without videos." ffmpeg
 has_browser || { apt_install chromium && has_browser; } ||

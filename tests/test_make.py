@@ -28,7 +28,7 @@ APT_GET = r'''#!/bin/bash
 case "$*" in *install*) ;; *) exit 0 ;; esac
 for name in "$@"; do case $name in
     python3*-venv) : >"$STUB_HOME/python-venv-installed" ;;
-    ffmpeg|chromium) printf '#!/bin/bash\n' >"$STUB_HOME/bin/$name"; chmod +x "$STUB_HOME/bin/$name" ;;
+    ffmpeg|chromium|g++) printf '#!/bin/bash\n' >"$STUB_HOME/bin/$name"; chmod +x "$STUB_HOME/bin/$name" ;;
 esac; done
 echo "apt ${*: -1}" >>"$STUB_HOME/log"
 '''
@@ -44,7 +44,7 @@ class Machine:
         shutil.copytree(ROOT/".ci", self.repo/".ci")
         for f in ("Makefile", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT/f, self.repo)
         self.stub("id", "#!/bin/bash\necho ${STUB_UID:-1000}\n")
-        for name in ("ffmpeg", "chromium"): self.stub(name)
+        for name in ("ffmpeg", "chromium", "g++"): self.stub(name)
 
     def stub(self, name, text="#!/bin/bash\n", where=None):
         p = (where or self.bin)/name
@@ -57,7 +57,7 @@ class Machine:
         "Result of a make target, and what the stubs were told to do meanwhile."
         log = self.home/"log"
         log.unlink(missing_ok=True)
-        clean = {k: None for k in os.environ if k.startswith(("MAKE", "MFLAGS", "TDMPC_", "PYTHON", "VIRTUAL_ENV", "BROWSER", "ARGS", "RUN"))}
+        clean = {k: None for k in os.environ if k.startswith(("MAKE", "MFLAGS", "TDMPC_", "PYTHON", "VIRTUAL_ENV", "BROWSER", "ARGS", "RUN", "CXX"))}
         r = run(["make", "-C", self.repo, *target.split()], cwd=cwd, timeout=60,
                 **(clean | dict(PATH=str(self.bin), STUB_HOME=str(self.home), MAKEFLAGS="--no-print-directory") | env))
         return r, log.read_text().split("\n")[:-1] if log.exists() else []
@@ -180,11 +180,11 @@ def test_python_without_venv_where_it_can_be_installed(machine):
 
 def test_system_packages_missing(machine):
     "What cannot be installed is named with its consequence, and the run goes on."
-    for name in ("ffmpeg", "chromium"): (machine.bin/name).unlink()
+    for name in ("ffmpeg", "chromium", "g++"): (machine.bin/name).unlink()
     r, did = machine.make("distill", STUB_GL="no")
     out = r.check()
     assert did == ["venv", PIP] and "ran papermill" in out
-    for said in ("ffmpeg is missing", "No Chromium or Chrome", "without videos", "sudo apt-get install --no-install-recommends ffmpeg chromium"): assert said in out
+    for said in ("g++ is missing", "several times slower", "ffmpeg is missing", "No Chromium or Chrome", "without videos", "sudo apt-get install --no-install-recommends g++ ffmpeg chromium"): assert said in out
     if sys.platform == "linux": assert "Neither EGL nor OSMesa" in out and "libegl-mesa0" in out
     assert machine.make(STUB_GL="no")[0].check() == ""  # told once
 
@@ -195,11 +195,11 @@ def test_system_packages_missing_in_ci(machine):
 
 @pytest.mark.parametrize("how", ["root", "sudo"])
 def test_system_packages_are_installed_where_possible(machine, how):
-    for name in ("ffmpeg", "chromium"): (machine.bin/name).unlink()
+    for name in ("ffmpeg", "chromium", "g++"): (machine.bin/name).unlink()
     machine.stub("apt-get", APT_GET)
     if how == "sudo": machine.stub("sudo", '#!/bin/bash\n[ "$1" = -n ] && shift\nexec "$@"\n')
     r, did = machine.make(STUB_UID="0" if how == "root" else "1000")
-    assert did == ["venv", PIP, "apt ffmpeg", "apt chromium"] and "missing" not in r.check()
+    assert did == ["venv", PIP, "apt g++", "apt ffmpeg", "apt chromium"] and "missing" not in r.check()
 
 def test_system_packages_that_apt_does_not_have(machine):
     (machine.bin/"chromium").unlink()
