@@ -283,48 +283,49 @@ static void put_latent(const float* z, int D, const float* a, int A, Type type, 
 }
 """
 
-# %% ../nbs/05_kernels.ipynb #50fdcdb8
+# %% ../nbs/05_kernels.ipynb #2bd84c35
 _THREADS = r"""
+struct Job { void (*f)(void*, int); void* arg; int items; std::atomic<int> next{0}; void work() { for (int i; (i = next.fetch_add(1)) < items;) f(arg, i); } };
+static void (*openmp)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel of the library that PyTorch uses
+extern "C" void use_openmp(void* f) { openmp = (decltype(openmp))f; }
+
 struct Pool {
     std::vector<std::thread> threads; std::mutex mutex; std::condition_variable wake;
-    std::atomic<uint64_t> round{0}; std::atomic<int> next{0}, busy{0};
-    int items = 0, workers = 0; void (*f)(void*, int, int) = nullptr; void* job = nullptr;
-    static void relax() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    }
-    void work(int id) { for (int i; (i = next.fetch_add(1)) < items;) f(job, i, id); }
+    std::atomic<uint64_t> round{0}; std::atomic<int> busy{0}; int workers = 0; Job* job = nullptr;
     void loop(int id, uint64_t seen) {
         for (;;) {
-            for (int i = 0; i < 4000 && round.load(std::memory_order_acquire) == seen; i++) relax();
-            if (round.load() == seen) { std::unique_lock<std::mutex> l(mutex); wake.wait(l, [&] { return round.load() != seen; }); }
+            { std::unique_lock<std::mutex> l(mutex); wake.wait(l, [&] { return round.load() != seen; }); }
             seen = round.load();
-            if (id <= workers) work(id);
+            if (id <= workers) job->work();
             busy.fetch_sub(1);
         }
     }
-    void run(int num_items, int num_threads, void (*g)(void*, int, int), void* a) {
-        num_threads = std::min(num_threads, num_items);
-        if (num_threads <= 1) { for (int i = 0; i < num_items; i++) g(a, i, 0); return; }
-        while ((int)threads.size() < num_threads - 1) { int id = threads.size() + 1; uint64_t now = round.load(); threads.emplace_back([this, id, now] { loop(id, now); }); }
-        f = g; job = a; items = num_items; workers = num_threads - 1; next = 0; busy = threads.size();
+    void run(Job& j, int num) {
+        while ((int)threads.size() < num - 1) { int id = threads.size() + 1; uint64_t now = round.load(); threads.emplace_back([this, id, now] { loop(id, now); }); }
+        job = &j; workers = num - 1; busy = threads.size();
         { std::lock_guard<std::mutex> l(mutex); round.fetch_add(1); }
         wake.notify_all();
-        work(0);
-        for (int i = 0; busy.load(std::memory_order_acquire); i++) { if (i < 20000) relax(); else std::this_thread::yield(); }
+        j.work();
+        while (busy.load(std::memory_order_acquire)) std::this_thread::yield();
     }
 };
 static Pool* the_pool; static std::mutex* one_call;  // never freed: threads may outlive whatever the process tears down
 static void start() { the_pool = new Pool; one_call = new std::mutex; }
-__attribute__((constructor)) static void loaded() { start(); pthread_atfork(nullptr, nullptr, start); }
+__attribute__((constructor)) static void loaded() { start(); pthread_atfork(nullptr, nullptr, start); }  // a forked child has none of its parent's threads
+
+template <class F> static void parallel(int n, int threads, F f) {
+    Job j; j.f = [](void* p, int i) { (*(F*)p)(i); }; j.arg = &f; j.items = n; threads = std::min(threads, n);
+    if (threads <= 1) j.work();
+    else if (openmp) openmp([](void* p) { ((Job*)p)->work(); }, &j, threads, 0);
+    else the_pool->run(j, threads);
+}
 static int parts_of(int rows, int size, int pairs, int threads) {  // equal blocks, and as many for each thread where there are few
     int parts = (rows + size - 1) / size;
     return parts * pairs < 16 * threads ? std::min(up(parts, threads), rows) : parts;
 }
 """
 
-# %% ../nbs/05_kernels.ipynb #c65b44be
+# %% ../nbs/05_kernels.ipynb #f20ef785
 _NET = r"""
 enum { ENC, DYN, REW, PI, Q0 };
 struct MLP { std::vector<Layer> layers; Layer z, a; std::vector<float> bias, bias_z; };  // bias: of the first layer, with the task's share [tasks, Np]
@@ -411,15 +412,15 @@ struct Plan {
     const float *pi_noise, *value_noise; long pi_b, value_b; // [B, H, P, A], [B, N, A]; floats between two pairs
     float *acc, *z, *mean, *std;                             // where the policy's candidates end: [B, P], [B, P, D], [B, P, A] twice
     float *value, *shared;                                   // [B, N], [B, 2, Np]
-    int parts, size, end_parts; Scratch* s;
+    int parts, size, end_parts;
 };
-static void block(void* job, int item, int thread) {
-    Plan& p = *(Plan*)job; const Net& n = *p.net; int D = n.D, A = n.A, P = p.P, per = p.parts + p.end_parts, b = item / per, k = item % per;
+static void block(Plan& p, int item) {
+    const Net& n = *p.net; int D = n.D, A = n.A, P = p.P, per = p.parts + p.end_parts, b = item / per, k = item % per;
     bool ends = k >= p.parts;
     int from = p.from_policy || ends ? 0 : P, to = p.from_policy || ends ? P : p.N, size = ends ? (P + p.end_parts - 1) / p.end_parts : p.size;
     int r0 = from + (ends ? k - p.parts : k) * size, rows = std::min(size, to - r0);
     if (rows <= 0) return;
-    long task = p.task[b]; Scratch& s = p.s[thread]; s.size(n, rows); s.ready = false;
+    long task = p.task[b]; static thread_local Scratch s; s.size(n, rows); s.ready = false;
     size_t at = (size_t)b * P + r0, all = (size_t)rows;
     auto ends_are = [&](bool keep) {
         auto copy = [&](float* stored, std::vector<float>& v, size_t w) { if (keep) memcpy(stored + at * w, v.data(), 4 * all * w); else memcpy(v.data(), stored + at * w, 4 * all * w); };
@@ -450,7 +451,7 @@ static void block(void* job, int item, int thread) {
 }
 extern "C" void plan_values(Plan* p) {
     std::lock_guard<std::mutex> only(*one_call);
-    const Net& n = *p->net; std::vector<Scratch> scratch(std::max(p->threads, 1)); p->s = scratch.data();
+    const Net& n = *p->net;
     for (int b = 0; b < p->B; b++)
         for (int w : {DYN, REW}) {
             const MLP& m = n.mlp[w];
@@ -459,17 +460,17 @@ extern "C" void plan_values(Plan* p) {
     int rows = p->from_policy ? p->P : p->N - p->P;
     p->parts = parts_of(rows, p->rows, p->B, p->threads); p->size = (rows + p->parts - 1) / p->parts;
     p->end_parts = p->from_policy || !p->P ? 0 : parts_of(p->P, p->rows, p->B, p->threads);
-    the_pool->run(p->B * (p->parts + p->end_parts), p->threads, block, p);
+    parallel(p->B * (p->parts + p->end_parts), p->threads, [&](int i) { block(*p, i); });
 }
 """
 
-# %% ../nbs/05_kernels.ipynb #d696db2f
+# %% ../nbs/05_kernels.ipynb #6af8d19a
 _ASK = r"""
-struct Ask { const Net* net; int n, threads; const float* obs; const int64_t* task; float *z, *mean, *log_std; int size; Scratch* s; };
-static void ask_block(void* job, int item, int thread) {
-    Ask& a = *(Ask*)job; const Net& n = *a.net; int r0 = item * a.size, rows = std::min(a.size, a.n - r0), D = n.D, A = n.A;
+struct Ask { const Net* net; int n, threads; const float* obs; const int64_t* task; float *z, *mean, *log_std; int size; };
+static void ask_block(Ask& a, int item) {
+    const Net& n = *a.net; int r0 = item * a.size, rows = std::min(a.size, a.n - r0), D = n.D, A = n.A;
     if (rows <= 0) return;
-    Scratch& s = a.s[thread]; s.size(n, rows);
+    static thread_local Scratch s; s.size(n, rows);
     auto with_bias = [&](int which) {
         for (int r = 0; r < rows; r++) {
             const float* b = bias_of(n, which, a.task[r0 + r]); float* y = &s.y[(size_t)r * n.width];
@@ -497,8 +498,8 @@ static void ask_block(void* job, int item, int thread) {
 extern "C" void ask(Ask* a) {
     std::lock_guard<std::mutex> only(*one_call);
     int threads = a->n < 16 ? 1 : a->threads, parts = parts_of(a->n, 32, 1, threads);
-    std::vector<Scratch> scratch(std::max(threads, 1)); a->s = scratch.data(); a->size = (a->n + parts - 1) / parts;
-    the_pool->run(parts, threads, ask_block, a);
+    a->size = (a->n + parts - 1) / parts;
+    parallel(parts, threads, [&](int i) { ask_block(*a, i); });
 }
 // for tests and timing: y [rows, Np] = x [rows, K] times one layer, some times over
 extern "C" void linear(int type, int input, int num_z, int rows, int K, int N, const float* x, const float* w, const float* bias, float* y, int times) {
@@ -524,9 +525,253 @@ extern "C" int features() {
 }
 """
 
-# %% ../nbs/05_kernels.ipynb #74e70879
+# %% ../nbs/05_kernels.ipynb #b12ae5ba
+_TRAIN = r"""
+// c [rows, 2 vectors] = bias + sum over k of a[row * am + k * ak] times b[k * ldb ...]
+template <Type T, int M> static void patch_of(int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc) {
+    vf acc[M][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) { acc[m][0] = load(bias); acc[m][1] = load(bias + V); }
+    for (int k = 0; k < Kw; k++, b += ldb, a += ak) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++) acc[m][v] = dot<T>(acc[m][v], a[m * am], b + v * V);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) { store(c + m * ldc, acc[m][0]); store(c + m * ldc + V, acc[m][1]); }
+}
+template <Type T, int M> static inline void patch(int m, int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc) {
+    if (m == M) patch_of<T, M>(Kw, a, am, ak, b, ldb, bias, c, ldc);
+    else if constexpr (M > 1) patch<T, M - 1>(m, Kw, a, am, ak, b, ldb, bias, c, ldc);
+}
+static const float no_bias[PANEL] = {};
+static void patches(Type t, int rows, int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc) {
+    int tiles = (rows + MR - 1) / MR;
+    for (int i = 0, m0 = 0; i < tiles; i++) {
+        int m = (rows - m0) / (tiles - i);
+        if (t == F32) patch<F32, MR>(m, Kw, a + m0 * am, am, ak, b, ldb, bias, c + m0 * ldc, ldc);
+        else patch<BF16, MR>(m, Kw, a + m0 * am, am, ak, b, ldb, bias, c + m0 * ldc, ldc);
+        m0 += m;
+    }
+}
+static inline vi rounded16(vf x) { vi u = (vi)x; return u + 0x7fff + ((u >> 16) & 1); }
+static inline void put_pairs(int32_t* out, vf lo, vf hi) { *(vi*)out = ((rounded16(lo) >> 16) & 0xffff) | (rounded16(hi) & (int32_t)0xffff0000); }
+
+constexpr int BLOCK = 32;
+struct FusedLayer {
+    int K, N, ld; const float *w, *b, *ln_w, *ln_b;  // w [N, ld]: in the first layer ld > K, and the columns between are the task's
+    float *dw, *db, *dln_w, *dln_b;                  // gradients
+    float *h, *xhat, *rstd, *dy;                     // kept: input [R, Kp], normed output [R, N], 1 / std [R]; gradient of the product [R, Np]
+    int32_t *pack, *packT, *hp, *dyp;                // packed weights, forward and backward; in bfloat16 pairs of rows of h and dy
+};
+struct Fused {
+    int depth, R, T, E, tail, need_dx, need_dw, todo; FusedLayer l[8];  // tail: columns behind the task's; todo: bits of what is not packed yet
+    const float *x, *emb; const int64_t* task; float *table, *d_table, *d_emb;  // [R, K]; embeddings [T, E] (E may be 0); [R]; first biases by task [T, N]
+    float drop; uint32_t seed;                                        // dropout of the first product
+    float *out; const float* dout; float *dx, *partial;               // [R, N] twice, [R, K], [blocks, 3 * sum of N]
+};
+static const float* column(const FusedLayer& l, int tail, int n, int k) { return l.w + (size_t)n * l.ld + (k >= l.K - tail ? k + l.ld - l.K : k); }
+
+static void pack_forward(const FusedLayer& l, int tail, Type t, int panel) {  // [K in words][PANEL]: outputs side by side
+    int per = per_word(t), Kw = up(l.K, per) / per; int32_t* to = l.pack + (size_t)panel * Kw * PANEL;
+    for (int part = 0; part < 2; part++) {  // before and behind the task's columns
+        int from = part ? l.K - tail : 0, to_k = part ? l.K : l.K - tail;
+        for (int k0 = from; k0 < to_k; k0 += 16)  // few inputs at a time, so that what is written stays in the innermost cache
+            for (int j = 0; j < PANEL; j++) {
+                int n = panel * PANEL + j, k1 = std::min(k0 + 16, to_k); const float* w = n < l.N ? column(l, tail, n, from) - from : nullptr;
+                if (t == F32) for (int k = k0; k < k1; k++) ((float*)to)[k * PANEL + j] = w ? w[k] : 0.f;
+                else for (int k = k0; k < k1; k++) ((uint16_t*)to)[(k / 2 * PANEL + j) * 2 + k % 2] = w ? to_bf16(w[k]) : 0;
+            }
+    }
+    if (t == BF16 && l.K % 2) for (int j = 0; j < PANEL; j++) ((uint16_t*)to)[(l.K / 2 * PANEL + j) * 2 + 1] = 0;
+}
+static void pack_backward(const FusedLayer& l, int tail, Type t, int panel) {  // [N in words][PANEL]: inputs side by side
+    int per = per_word(t), Nw = up(l.N, per) / per, k0 = panel * PANEL; int32_t* to = l.packT + (size_t)panel * Nw * PANEL; float a[PANEL], b[PANEL];
+    auto row = [&](int n, float* x) { for (int j = 0; j < PANEL; j++) x[j] = n < l.N && k0 + j < l.K ? *column(l, tail, n, k0 + j) : 0.f; };
+    for (int n = 0; n < Nw; n++) {
+        row(n * per, a);
+        if (t == F32) { memcpy(to + n * PANEL, a, 4 * PANEL); continue; }
+        row(n * per + 1, b);
+        for (int v = 0; v < 2; v++) put_pairs(to + n * PANEL + v * V, load(a + v * V), load(b + v * V));
+    }
+}
+static void task_biases(const Fused& f, int panel) {  // the first layer's bias and the task's share, for a panel of outputs
+    const FusedLayer& l = f.l[0];
+    for (int n = panel * PANEL; n < std::min(l.N, (panel + 1) * PANEL); n++) {
+        const float* w = l.w + (size_t)n * l.ld + l.K - f.tail;
+        for (int t = 0; t < f.T; t++) {
+            const float* e = f.emb + (size_t)t * f.E; vf a = splat(0); int j = 0; float rest = l.b ? l.b[n] : 0.f;
+            for (; j + V <= f.E; j += V) a += load(w + j) * load(e + j);
+            for (; j < f.E; j++) rest += w[j] * e[j];
+            f.table[(size_t)t * l.N + n] = sum(a) + rest;
+        }
+    }
+}
+// zero or 1 / (1 - drop) by a hash of seed and place, so that the backward pass finds the same
+static inline vf kept(const Fused& f, uint32_t at) {
+    typedef uint32_t vu __attribute__((vector_size(4 * V), aligned(4)));
+    vu x; for (int k = 0; k < V; k++) x[k] = k;
+    x = (x + at) * 0x9E3779B1u + f.seed; x ^= x >> 16; x *= 0x85EBCA6Bu; x ^= x >> 13; x *= 0xC2B2AE35u; x ^= x >> 16;
+    return __builtin_convertvector((vi)(x >> 8), vf) * (1 / 16777216.f) < f.drop ? splat(0.f) : splat(1 / (1 - f.drop));
+}
+struct Work { std::vector<float> y, t; std::vector<int32_t> in; void size(size_t n) { if (y.size() < n) { y.resize(n); t.resize(n); in.resize(n); } } };
+static thread_local Work work;
+static int widest(const Fused& f) { int w = 0; for (int i = 0; i < f.depth; i++) w = std::max({w, up(f.l[i].K, PANEL), up(f.l[i].N, PANEL)}); return w; }
+static void zeros(float* x, int from, int to) { for (int i = from; i < to; i++) x[i] = 0; }
+static const int32_t* input_rows(Type t, const float* x, int stride, int rows, int32_t* room, int W, long& am) {  // float32 as it is, bfloat16 converted
+    if (t == F32) { am = stride; return (const int32_t*)x; }
+    for (int r = 0; r < rows; r++) for (int k = 0; k < stride; k += V) put_bf16((char*)(room + (size_t)r * W) + 2 * k, load(x + (size_t)r * stride + k));
+    am = W; return room;
+}
+
+static void forward_block(Fused& f, int block, Type t, Work& s) {
+    int r0 = block * BLOCK, rows = std::min(BLOCK, f.R - r0), W = widest(f); s.size((size_t)BLOCK * W);
+    for (int r = 0; r < rows; r++) { float* h = f.l[0].h + (size_t)(r0 + r) * up(f.l[0].K, PANEL); memcpy(h, f.x + (size_t)(r0 + r) * f.l[0].K, 4 * (size_t)f.l[0].K); zeros(h, f.l[0].K, up(f.l[0].K, PANEL)); }
+    for (int i = 0; i < f.depth; i++) {
+        FusedLayer& l = f.l[i]; int Kp = up(l.K, PANEL), Kw = up(l.K, per_word(t)) / per_word(t); bool last = i == f.depth - 1; long am;
+        const int32_t* a = input_rows(t, l.h + (size_t)r0 * Kp, Kp, rows, s.in.data(), W, am);
+        for (int n0 = 0; n0 < l.N; n0 += PANEL) {
+            float bias[PANEL]; for (int k = 0; k < PANEL; k++) bias[k] = i && l.b && n0 + k < l.N ? l.b[n0 + k] : 0.f;
+            patches(t, rows, Kw, a, am, 1, l.pack + (size_t)n0 * Kw, PANEL, bias, &s.y[n0], W);
+        }
+        for (int r = 0; r < rows; r++) {
+            float* y = &s.y[(size_t)r * W]; size_t at = r0 + r;
+            if (i == 0) { const float* b = f.table + f.task[at] * l.N; for (int n = 0; n < l.N; n += V) store(y + n, load(y + n) + load(b + n)); }
+            if (!l.ln_w) { memcpy(f.out + at * l.N, y, 4 * (size_t)l.N); continue; }
+            if (i == 0 && f.drop > 0) for (int n = 0; n < l.N; n += V) store(y + n, load(y + n) * kept(f, at * l.N + n));
+            float mean, rstd; moments(y, l.N, mean, rstd); l.rstd[at] = rstd;
+            int Np = up(l.N, PANEL); float *xh = l.xhat + at * l.N, *to = last ? f.out + at * l.N : f.l[i + 1].h + at * Np;
+            for (int n = 0; n < l.N; n += V) {
+                vf x = (load(y + n) - mean) * rstd, u = x * load(l.ln_w + n) + load(l.ln_b + n); store(xh + n, x);
+                if (last) { vf e = vexp(u - max8(u)); store(to + n, e / sum8(e)); } else store(to + n, vmish(u));
+            }
+            if (!last) zeros(to, l.N, Np);
+        }
+    }
+}
+// the gradient g [N] behind a layer's LayerNorm and activation becomes its product's; adds to the sums of the LayerNorm's parameters
+static void back_row(const Fused& f, int i, size_t at, float* g, float* d_w, float* d_b) {
+    const FusedLayer& l = f.l[i]; bool last = i == f.depth - 1; const float* xh = l.xhat + at * l.N; vf sg = splat(0), sx = sg;
+    for (int n = 0; n < l.N; n += V) {
+        vf x = load(xh + n), w = load(l.ln_w + n), d;
+        if (last) { vf z = load(f.out + at * l.N + n), dz = load(g + n); d = z * (dz - sum8(z * dz)); }
+        else {
+            vf u = x * w + load(l.ln_b + n), e = exp_up_to_88(vmin(splat(20.f), u)), m = e * (e + 2.f), q = inverse(m + 2.f);
+            d = load(g + n) * (m * q + 4.f * u * e * (e + 1.f) * (q * q));
+        }
+        if (f.need_dw) { store(d_w + n, load(d_w + n) + d * x); store(d_b + n, load(d_b + n) + d); }
+        d = d * w; store(g + n, d); sg += d; sx += d * x;
+    }
+    vf mg = splat(sum(sg) / l.N), mx = splat(sum(sx) / l.N);
+    for (int n = 0; n < l.N; n += V) {
+        vf d = l.rstd[at] * (load(g + n) - mg - load(xh + n) * mx);
+        store(g + n, i == 0 && f.drop > 0 ? d * kept(f, at * l.N + n) : d);
+    }
+}
+static void backward_block(Fused& f, int block, Type t, Work& s) {
+    int r0 = block * BLOCK, rows = std::min(BLOCK, f.R - r0), W = widest(f), at = 0; s.size((size_t)BLOCK * W);
+    for (int i = 0; i < f.depth; i++) at += f.l[i].N;
+    float* sums = f.partial + (size_t)block * 3 * at; zeros(sums, 0, 3 * at);
+    int N = f.l[f.depth - 1].N; for (int r = 0; r < rows; r++) memcpy(&s.y[(size_t)r * W], f.dout + (size_t)(r0 + r) * N, 4 * (size_t)N);
+    for (int i = f.depth - 1; i >= 0; i--) {
+        FusedLayer& l = f.l[i]; int Np = up(l.N, PANEL), Nw = up(l.N, per_word(t)) / per_word(t); at -= l.N;
+        float *d_w = sums + 3 * at, *d_b = d_w + l.N, *db = d_b + l.N;
+        for (int r = 0; r < rows; r++) {
+            float *g = &s.y[(size_t)r * W], *keep = l.dy + (size_t)(r0 + r) * Np;
+            if (l.ln_w) back_row(f, i, r0 + r, g, d_w, d_b);
+            zeros(g, l.N, Np); memcpy(keep, g, 4 * (size_t)Np);
+            if (f.need_dw) for (int n = 0; n < l.N; n++) db[n] += g[n];
+        }
+        if (!i && !f.need_dx) break;
+        long am; const int32_t* a = input_rows(t, l.dy + (size_t)r0 * Np, Np, rows, s.in.data(), W, am);
+        for (int k0 = 0; k0 < l.K; k0 += PANEL) patches(t, rows, Nw, a, am, 1, l.packT + (size_t)k0 * Nw, PANEL, no_bias, &s.t[k0], W);
+        std::swap(s.y, s.t);
+    }
+    if (f.need_dx) for (int r = 0; r < rows; r++) memcpy(f.dx + (size_t)(r0 + r) * f.l[0].K, &s.y[(size_t)r * W], 4 * (size_t)f.l[0].K);
+}
+static void task_columns(const Fused& f, int n0, int cols) {  // gradients of some first biases by task
+    const FusedLayer& l = f.l[0]; int Np = up(l.N, PANEL);
+    for (int t = 0; t < f.T; t++) zeros(f.d_table + (size_t)t * l.N, n0, n0 + cols);
+    for (int r = 0; r < f.R; r++) { float* d = f.d_table + f.task[r] * l.N + n0; const float* g = l.dy + (size_t)r * Np + n0; for (int n = 0; n < cols; n++) d[n] += g[n]; }
+}
+constexpr int TALL = 4 * MR;
+static void weights_tile(const Fused& f, int i, int n0, Type t, Work& s) {  // TALL outputs of layer i
+    const FusedLayer& l = f.l[i]; int rows = std::min(TALL, l.N - n0), Np = up(l.N, PANEL), Kp = up(l.K, PANEL), tail = i ? 0 : f.tail, Rw = t == F32 ? f.R : (f.R + 1) / 2;
+    s.size(std::max((size_t)TALL * Kp, (size_t)Rw * (TALL + PANEL)));
+    if (!i && f.E) task_columns(f, n0, rows);
+    int32_t *a = s.in.data(), *b = a + (size_t)Rw * TALL; const int32_t *dy = t == F32 ? (const int32_t*)l.dy : l.dyp, *h = t == F32 ? (const int32_t*)l.h : l.hp;
+    for (int r = 0; r < Rw; r++) memcpy(a + (size_t)r * TALL, dy + (size_t)r * Np + n0, 4 * rows);  // side by side, or every row of the tile would be another line of cache
+    for (int k0 = 0; k0 < l.K; k0 += PANEL) {
+        for (int r = 0; r < Rw; r++) memcpy(b + (size_t)r * PANEL, h + (size_t)r * Kp + k0, 4 * PANEL);
+        patches(t, rows, Rw, a, 1, TALL, b, PANEL, no_bias, &s.y[k0], Kp);
+    }
+    for (int n = 0; n < rows; n++) {
+        float *to = l.dw + (size_t)(n0 + n) * l.ld, *from = &s.y[(size_t)n * Kp]; int head = l.K - tail;
+        memcpy(to, from, 4 * (size_t)head); memcpy(to + l.ld - tail, from + head, 4 * (size_t)tail);
+        if (i || !f.E) continue;
+        zeros(to, head, l.ld - tail); to += head;  // the task's columns: each task's gradient times its embedding
+        for (int t = 0; t < f.T; t++) {
+            const float* e = f.emb + (size_t)t * f.E; float g = f.d_table[(size_t)t * l.N + n0 + n]; int j = 0;
+            for (; j + V <= f.E; j += V) store(to + j, load(to + j) + g * load(e + j));
+            for (; j < f.E; j++) to[j] += g * e[j];
+        }
+    }
+}
+static void embeddings(const Fused& f) {  // their gradients
+    const FusedLayer& l = f.l[0]; zeros(f.d_emb, 0, f.T * f.E);
+    for (int t = 0; t < f.T; t++)
+        for (int n = 0; n < l.N; n++) {
+            float g = f.d_table[(size_t)t * l.N + n], *to = f.d_emb + (size_t)t * f.E; const float* w = l.w + (size_t)n * l.ld + l.K - f.tail; int j = 0;
+            if (g == 0) continue;
+            for (; j + V <= f.E; j += V) store(to + j, load(to + j) + g * load(w + j));
+            for (; j < f.E; j++) to[j] += g * w[j];
+        }
+}
+static void pair_rows(const float* x, int stride, int R, int r2, int32_t* to) {  // rows 2 r2 and 2 r2 + 1
+    const float* a = x + (size_t)2 * r2 * stride; int32_t* out = to + (size_t)r2 * stride;
+    for (int k = 0; k < stride; k += V) put_pairs(out + k, load(a + k), 2 * r2 + 1 < R ? load(a + stride + k) : splat(0));
+}
+struct Item { int kind, f, i, at; };
+extern "C" void fused_forward(Fused* f, int count, int bf16, int threads) {
+    std::lock_guard<std::mutex> only(*one_call); Type t = bf16 ? BF16 : F32; std::vector<Item> todo;
+    for (int m = 0; m < count; m++) for (int i = 0; i < f[m].depth; i++) if (f[m].todo >> i & 1) for (int p = 0; p * PANEL < f[m].l[i].N; p++) todo.push_back({0, m, i, p});
+    for (int m = 0; m < count; m++) for (int p = 0; p * PANEL < f[m].l[0].N; p++) todo.push_back({1, m, 0, p});
+    parallel(todo.size(), threads, [&](int k) { Item& x = todo[k]; if (x.kind) task_biases(f[x.f], x.at); else pack_forward(f[x.f].l[x.i], x.i ? 0 : f[x.f].tail, t, x.at); });
+    int blocks = (f->R + BLOCK - 1) / BLOCK;
+    parallel(count * blocks, threads, [&](int k) { forward_block(f[k / blocks], k % blocks, t, work); });
+}
+extern "C" void fused_backward(Fused* f, int count, int bf16, int threads) {
+    std::lock_guard<std::mutex> only(*one_call); Type t = bf16 ? BF16 : F32; std::vector<Item> todo;
+    for (int m = 0; m < count; m++) for (int i = 0; i < f[m].depth; i++) if (f[m].todo >> i & 1) for (int p = 0; p * PANEL < f[m].l[i].K; p++) todo.push_back({0, m, i, p});
+    parallel(todo.size(), threads, [&](int k) { Item& x = todo[k]; pack_backward(f[x.f].l[x.i], x.i ? 0 : f[x.f].tail, t, x.at); });
+    int blocks = (f->R + BLOCK - 1) / BLOCK;
+    parallel(count * blocks, threads, [&](int k) { backward_block(f[k / blocks], k % blocks, t, work); });
+    if (!f->need_dw) return;
+    if (t == BF16) {
+        int pairs = (f->R + 1) / 2, chunk = 16, parts = (pairs + chunk - 1) / chunk, depth = f->depth;
+        parallel(count * depth * 2 * parts, threads, [&](int k) {
+            int part = k % parts, dy = k / parts % 2, i = k / parts / 2 % depth; FusedLayer& l = f[k / parts / 2 / depth].l[i];
+            for (int r = part * chunk; r < std::min(pairs, (part + 1) * chunk); r++) dy ? pair_rows(l.dy, up(l.N, PANEL), f->R, r, l.dyp) : pair_rows(l.h, up(l.K, PANEL), f->R, r, l.hp);
+        });
+    }
+    todo.clear();
+    for (int m = 0; m < count; m++) for (int i = 0; i < f[m].depth; i++) for (int n0 = 0; n0 < f[m].l[i].N; n0 += TALL) todo.push_back({1, m, i, n0});
+    parallel(todo.size(), threads, [&](int k) { Item& x = todo[k]; weights_tile(f[x.f], x.i, x.at, t, work); });
+    for (int m = 0; m < count; m++) {
+        if (f[m].E) embeddings(f[m]);
+        int total = 0, at = 0; for (int i = 0; i < f[m].depth; i++) total += f[m].l[i].N;
+        for (int i = 0; i < f[m].depth; at += f[m].l[i++].N) {
+            FusedLayer& l = f[m].l[i]; float* to[3] = {l.dln_w, l.dln_b, l.db};
+            for (int k = 0; k < 3; k++) if (to[k]) { zeros(to[k], 0, l.N); for (int b = 0; b < blocks; b++) { const float* p = f[m].partial + (size_t)b * 3 * total + 3 * at + k * l.N; for (int n = 0; n < l.N; n++) to[k][n] += p[n]; } }
+        }
+    }
+}
+"""
+
+# %% ../nbs/05_kernels.ipynb #bb669826
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-std=c++17", "-shared", "-fPIC", "-pthread")
-SOURCE = _VECTORS + _LAYERS + _PRODUCTS + _ROWS + _THREADS + _NET + _ASK
+SOURCE = _VECTORS + _LAYERS + _PRODUCTS + _ROWS + _THREADS + _NET + _ASK + _TRAIN
 
 def cache_dir() -> Path:
     "Where compiled kernels are kept."
@@ -566,19 +811,32 @@ def build(
         os.replace(Path(tmp)/"kernels.so", out)
     return out
 
-# %% ../nbs/05_kernels.ipynb #47440271
+# %% ../nbs/05_kernels.ipynb #334e4baa
+def _openmp():
+    "The OpenMP library that PyTorch has loaded, or None."
+    try: paths = {l.split()[-1] for l in Path("/proc/self/maps").read_text().splitlines() if "/lib" in l and ".so" in l}
+    except OSError: return None
+    for p in sorted(p for p in paths if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))):
+        try:
+            lib = ctypes.CDLL(p)
+            lib.GOMP_parallel
+            return lib
+        except (OSError, AttributeError): continue
+
 class Kernels:
     "The loaded library."
     def __init__(self,
         path:Path, # From `build`
     ):
         self.lib = ctypes.CDLL(str(path))
+        if (openmp := _openmp()) is not None: self.lib.use_openmp(ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p))
         f = self.lib.features()
         self.lanes, self.bfloat16, self.int8 = f & 31, bool(f & 32), bool(f & 64)
         self.lib.net_new.restype, self.lib.net_new.argtypes = ctypes.c_void_p, [ctypes.c_int] * 5 + [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         self.lib.net_mlp.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int] + [ctypes.c_void_p] * 6 + [ctypes.c_int]
         self.lib.net_free.argtypes = [ctypes.c_void_p]
         self.lib.linear.argtypes = [ctypes.c_int] * 6 + [ctypes.c_void_p] * 4 + [ctypes.c_int]
+        for f in (self.lib.fused_forward, self.lib.fused_backward): f.argtypes = [ctypes.c_void_p] + [ctypes.c_int] * 3
         self.lib.map_floats.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 
     def __repr__(self): return f"Kernels({self.lanes} lanes" + ", bfloat16" * self.bfloat16 + ", int8" * self.int8 + ")"
@@ -596,20 +854,20 @@ def kernels() -> Kernels|None:
                 _loaded.append(None)
     return _loaded[0]
 
-# %% ../nbs/05_kernels.ipynb #1f35d6e2
+# %% ../nbs/05_kernels.ipynb #d93b6d49
 F32, BF16, I8 = range(3)
 PRECISIONS = dict(float32=(F32, F32, F32), bfloat16=(BF16, BF16, BF16), int8=(I8, I8, BF16))  # First layer, hidden layers, last layer
 
 class _Plan(ctypes.Structure):
     _fields_ = [(n, t) for t, names in ((ctypes.c_void_p, "net"), (ctypes.c_int, "B N P H num_heads threads rows from_policy"), (ctypes.c_float, "gamma"),
         (ctypes.c_void_p, "heads task z0 action pi_noise value_noise"), (ctypes.c_long, "pi_b value_b"), (ctypes.c_void_p, "acc z mean std value shared"),
-        (ctypes.c_int, "parts size end_parts"), (ctypes.c_void_p, "s")) for n in names.split()]
+        (ctypes.c_int, "parts size end_parts")) for n in names.split()]
 
 class _Ask(ctypes.Structure):
     _fields_ = [(n, t) for t, names in ((ctypes.c_void_p, "net"), (ctypes.c_int, "n threads"), (ctypes.c_void_p, "obs task z mean log_std"),
-        (ctypes.c_int, "size"), (ctypes.c_void_p, "s")) for n in names.split()]
+        (ctypes.c_int, "size")) for n in names.split()]
 
-# %% ../nbs/05_kernels.ipynb #e73940f7
+# %% ../nbs/05_kernels.ipynb #64019b75
 class Net:
     "A world model's MLPs, packed."
     def __init__(self,
@@ -637,8 +895,8 @@ class Net:
 def fits(
     *widths, # Latent and hidden widths
 ) -> bool:
-    "Are there kernels, and for these widths? They have to be whole vectors."
-    return kernels() is not None and all(w % 16 == 0 for w in widths)
+    "Are there kernels, and for these widths? Whole vectors, and no more than 1024: packed weights are a second copy, which a large teacher had better not have."
+    return all(w % 16 == 0 and w <= 1024 for w in widths) and kernels() is not None
 
 # %% ../nbs/05_kernels.ipynb #8a525e96
 def _float(t:Tensor, *shape) -> Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'LOG_STD_MIN', 'LOG_STD_MAX', 'ModelConfig', 'model_size', 'WorldModel', 'PiOut']
 
-# %% ../nbs/12_world_model.ipynb #5f660d8b
+# %% ../nbs/12_world_model.ipynb #9eab9cfb
 import copy, math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ConfigError, nearest, override
-from .layers import Ensemble, init_weights, mlp, simnorm
+from .layers import Ensemble, init_weights, mlp, over, simnorm
 from .tasks import MAX_ACTION, MAX_OBS, task_set
 from .twohot import NUM_BINS
 
@@ -92,17 +92,6 @@ def num_params(self:WorldModel) -> int:
     "Learnable parameters."
     return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-# %% ../nbs/12_world_model.ipynb #18bcfaac
-@patch
-def with_task(self:WorldModel,
-    x:Tensor,     # `[..., n]`
-    task:Tensor,  # Task index, broadcastable to `[...]`
-) -> Tensor:      # `[..., n + task_dim]`
-    "Append the task's embedding; a model of a single task has none and ignores `task`."
-    if self.task_emb is None: return x
-    e = self.task_emb(task)
-    return torch.cat([x, e.expand(*x.shape[:-1], -1)], -1)
-
 # %% ../nbs/12_world_model.ipynb #a795dbde
 @patch
 def mask(self:WorldModel,
@@ -111,14 +100,14 @@ def mask(self:WorldModel,
     "One for the action entries that the task uses."
     return self.action_mask[0] if self.task_emb is None else self.action_mask[task]
 
-# %% ../nbs/12_world_model.ipynb #385b24eb
+# %% ../nbs/12_world_model.ipynb #8095ba14
 @patch
 def encode(self:WorldModel,
     obs:Tensor,   # Observations padded to the model's width `[..., obs_dim]`
     task:Tensor,  # Task index `[...]`
 ) -> Tensor:      # Latents `[..., D]`
     "Observation to latent."
-    return self.encoder(self.with_task(obs, task))
+    return over(self.encoder, obs, self.task_emb, task)
 
 @patch
 def next(self:WorldModel,
@@ -127,7 +116,7 @@ def next(self:WorldModel,
     task:Tensor,   # Task index `[...]`
 ) -> Tensor:       # Predicted next latent `[..., D]`
     "One step of latent dynamics."
-    return self.dynamics(torch.cat([self.with_task(z, task), action], -1))
+    return over(self.dynamics, z, self.task_emb, task, action)
 
 @patch
 def reward(self:WorldModel,
@@ -136,7 +125,7 @@ def reward(self:WorldModel,
     task:Tensor,   # Task index `[...]`
 ) -> Tensor:       # Logits `[..., 101]`; `from_two_hot` makes them scalars
     "The reward of taking `action` in `z`, as logits."
-    return self.reward_head(torch.cat([self.with_task(z, task), action], -1))
+    return over(self.reward_head, z, self.task_emb, task, action)
 
 @patch
 def Q(self:WorldModel,
@@ -147,9 +136,7 @@ def Q(self:WorldModel,
     detach:bool=False,   # Keep gradients away from the model's parameters?
 ) -> Tensor:             # Logits of every head `[K, ..., 101]`
     "Discounted return of taking `action` in `z` and following the policy, as logits."
-    x = self.with_task(z, task)
-    if detach and self.task_emb is not None: x = torch.cat([z, x[..., z.shape[-1]:].detach()], -1)
-    return (self.target_q_heads if target else self.q_heads)(torch.cat([x, action], -1), detach)
+    return over(self.target_q_heads if target else self.q_heads, z, self.task_emb, task, action, detach)
 
 # %% ../nbs/12_world_model.ipynb #b199f914
 class PiOut(NamedTuple):
@@ -162,14 +149,14 @@ class PiOut(NamedTuple):
 
 LOG_STD_MIN, LOG_STD_MAX = -10., 2.
 
-# %% ../nbs/12_world_model.ipynb #15267b9b
+# %% ../nbs/12_world_model.ipynb #afd5b8d0
 @patch
 def pi_params(self:WorldModel,
     z:Tensor,     # `[..., D]`
     task:Tensor,  # Task index `[...]`
 ):                # (mean `[..., A]`, log-std `[..., A]`), before tanh, masked
     "Mean and log-std of the policy's Gaussian."
-    mean, log_std = self.pi_head(self.with_task(z, task)).chunk(2, -1)
+    mean, log_std = over(self.pi_head, z, self.task_emb, task).chunk(2, -1)
     m = self.mask(task)
     return mean * m, (LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (log_std.tanh() + 1)) * m
 

@@ -99,7 +99,7 @@ def test_a_loaded_model_trains(tmp_path):
     opt, task = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), torch.arange(30)
     for _ in range(2):
         z = model.encode(torch.randn(30, 24), task)
-        loss = model.Q(z, torch.rand(30, 6), task).square().mean() + model.pi_head(model.with_task(z, task)).square().mean()
+        loss = model.Q(z, torch.rand(30, 6), task).square().mean() + model.pi_params(z, task)[0].square().mean()
         opt.zero_grad(); loss.backward(); opt.step()
     assert path.read_bytes() == before
     path.unlink()
