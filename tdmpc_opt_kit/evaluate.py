@@ -398,7 +398,7 @@ def compare(
     ci = {n: f"{r.low:.1f} to {r.high:.1f}{'*' * (r.interval.kind == 'tasks')}" if r.low is not None else None for n, r in reports.items()} | {PUBLISHED[c]: None for c in columns}
     return rows + [dict(task="**score**") | score, dict(task="95 % interval") | ci]
 
-# %% ../nbs/41_evaluate.ipynb #0e486986
+# %% ../nbs/41_evaluate.ipynb #b27436c6
 @dataclass(frozen=True)
 class EvaluateConfig:
     "Parameters of run_evaluate."
@@ -409,6 +409,7 @@ class EvaluateConfig:
     mode:str="plan"            # "plan", "policy" or "both"
     explore:bool=False         # Exploration noise?
     plan:str="published"       # The planner's settings by name
+    precision:str="float32"    # Of the planner's imagination, see `PlanConfig`
     seed:int=0                 # Of environments and agent
     device:str="auto"          # "auto" takes a GPU if there is one
     num_workers:int|None=None  # Physics processes, one a core if None
@@ -423,7 +424,7 @@ class EvaluateConfig:
             v = getattr(self, k)
             if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ConfigError(f"{k} must be a whole number of at least 1, not {v!r}.")
         if self.tasks is not None: task_set(self.tasks)
-        planner_settings(self.plan)
+        planner_settings(self.plan, precision=self.precision)
 
     @property
     def modes(self) -> tuple: return ("policy", "plan") if self.mode == "both" else (self.mode,)
