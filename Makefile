@@ -13,7 +13,7 @@ ARGS ?=
 
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test lab clean distclean
+.PHONY: help setup distill test bench lab clean distclean
 
 help:       ## this list
 	@echo "usage: make TARGET [ARGS=\"...\"] [PYTHON=/path/to/python3.12] [TDMPC_VENV=/an/environment/of/your/own]"
@@ -31,6 +31,11 @@ distill: setup ## distil the teachers into the 1M student; ARGS="-p steps 500" s
 
 test: setup ## every notebook, then every other test; ARGS="-k planner" picks some
 	@cd "$(ROOT)" && TDMPC_PRESET=tiny $(PY) -m pytest tests/test_notebooks.py $$(ls tests/test_*.py | grep -v test_notebooks) $(ARGS)
+
+bench: setup ## time plan, policy, update and sampling on this machine, beside a plain implementation; ARGS as for distill
+	@cd "$(ROOT)" && d=runs/benchmark-$$(date +%Y%m%d-%H%M%S) && mkdir -p "$$d" && \
+	$(PY) -m papermill nbs/run_benchmark.ipynb "$$d/run_benchmark.ipynb" --cwd . --no-progress-bar --stdout-file - --stderr-file - -p out_dir "$$d" $(ARGS)
+	@echo "Done; the table and the figure are in the newest runs/benchmark-* folder."
 
 lab: setup  ## JupyterLab on the notebooks
 	@cd "$(ROOT)" && $(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs \

@@ -115,7 +115,7 @@ class Distill:
             out["policy_distill_loss"] = self.policy_coef * policy_distill_loss(ours, theirs, m.mask(batch.task))
         return out
 
-# %% ../nbs/22_distill.ipynb #4b5ffc08
+# %% ../nbs/22_distill.ipynb #baa96910
 RECIPES = dict(paper=dict(reward_coef=0.45, policy_coef=0., pi_coef=1.),
                best=dict(reward_coef=0.45, policy_coef=30., pi_coef=0.))
 
@@ -134,6 +134,7 @@ class DistillConfig:
     policy_coef:float=None         # Weight of matching the teacher's policy
     pi_coef:float=None             # Weight of TD-MPC2's own policy loss, of the student only
     lr:float=3e-4                  # Adam's rate
+    lr_final:float=1.              # Rate at the end relative to that, reached linearly over the second half
     precision:str="float32"        # Of the update's products, "float32" or "bfloat16"
     balance:str="tasks"            # Slices uniform over "rows", or balanced over "tasks"
     scratch:bool=True              # Train the same student without a teacher, on the same slices?
@@ -161,15 +162,15 @@ class DistillConfig:
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 
-# %% ../nbs/22_distill.ipynb #070c9ac4
+# %% ../nbs/22_distill.ipynb #e9cc719a
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
               save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
-    quick=dict(steps=2000, batch_size=128, lr=1e-3, eval_every=500),
+    quick=dict(steps=3000, batch_size=128, lr=1e-3, lr_final=0.05, eval_every=1000),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, explore=True))
 
-# %% ../nbs/22_distill.ipynb #c8a59fe8
+# %% ../nbs/22_distill.ipynb #a397148e
 def _numbers(
     given,   # A number, numbers with commas, or a sequence of them
 ) -> tuple:  # Of floats
@@ -184,6 +185,7 @@ def _check_numbers(
     check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, seed=0)
     check_number(c, "reward_coef", "policy_coef", "pi_coef")
     check_number(c, "lr", above=True)
+    check_number(c, "lr_final", high=1.)
     if c.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {c.precision!r}.")
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
     for k in ("scratch", "explore"):
@@ -281,7 +283,7 @@ def prepare_store(
         collect(Reseeded(agent, g, seed), specs, episodes, store, seed, origin=origin, progress=progress)
     return store
 
-# %% ../nbs/22_distill.ipynb #15e9d6ab
+# %% ../nbs/22_distill.ipynb #c4e4772f
 class Pair:
     "A student and, beside it, the same network without a teacher, updated on the same slices."
     def __init__(self,
@@ -292,7 +294,7 @@ class Pair:
         self.terms, self.learners = Distill(teachers, cfg.reward_coef, cfg.policy_coef), {}
         for name in ("student", "scratch") if cfg.scratch else ("student",):
             torch.manual_seed(cfg.seed)
-            train_cfg = TrainConfig(lr=cfg.lr, pi_coef=cfg.pi_coef if name == "student" else 1., precision=cfg.precision)
+            train_cfg = TrainConfig(lr=cfg.lr, pi_coef=cfg.pi_coef if name == "student" else 1., precision=cfg.precision, lr_final=cfg.lr_final, decay_steps=cfg.steps)
             self.learners[name] = Learner(WorldModel(model_size(cfg.student_size), MT30).to(device).eval(), train_cfg, cfg.seed)
 
     @property

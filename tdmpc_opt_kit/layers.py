@@ -247,7 +247,7 @@ def _scaled(
         _checked[w] = w._version, w.data_ptr()
     return w
 
-# %% ../nbs/11_layers.ipynb #0e232d24
+# %% ../nbs/11_layers.ipynb #f74d5f2b
 def over(
     net,               # An `mlp` or an `Ensemble`
     front:Tensor,      # `[..., n]`
@@ -265,12 +265,12 @@ def over(
         x = torch.cat(parts if back is None else [*parts, back], -1)
         return net(x, detach) if stacked else net(x)
     n, tail = front.shape[-1], 0 if back is None else back.shape[-1]
-    x = (front if back is None else torch.cat([front, back], -1)).flatten(0, -2) if front.ndim > 1 or back is not None else front[None]
+    x = (front if back is None else torch.cat([front, back], -1)).reshape(-1, n + tail)
     e, task = (w.new_empty(1, 0), torch.zeros(len(x), dtype=torch.int64)) if emb is None else (p(_scaled(emb)), task.expand(shape).reshape(-1))
     drop = net[0].dropout if stacked and net[0].training else 0.
     seed = int(torch.randint(2**31, ())) if drop else 0
-    out = _MLP.apply(x.reshape(-1, n + tail), task, e, tail if emb is not None else 0, drop, seed, _bf16[0], *(None if t is None else p(t) for l in layers for t in l))
-    return out.unflatten(1, shape) if stacked else out[0].reshape(*shape, -1)
+    out = _MLP.apply(x, task, e, tail if emb is not None else 0, drop, seed, _bf16[0], *(None if t is None else p(t) for l in layers for t in l))
+    return out.reshape(*out.shape[:stacked], *shape, -1) if stacked else out[0].reshape(*shape, -1)
 
 # %% ../nbs/11_layers.ipynb #960b6225
 def init_weights(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'OTHERS', 'colours', 'style', 'png', 'picture', 'save_figure', 'learning_curves', 'losses',
-           'teacher_curves', 'returns_by_task', 'score_bars', 'store_figure']
+           'teacher_curves', 'returns_by_task', 'score_bars', 'store_figure', 'latencies']
 
 # %% ../nbs/51_plots.ipynb #1f692bf2
 import asyncio, atexit, io, math, os, threading, warnings
@@ -310,3 +310,25 @@ def store_figure(
     style(fig, title, height=120 + 24 * len(rows), showlegend=False).update_layout(margin=dict(l=170, t=66))
     fig.update_yaxes(autorange="reversed", showgrid=True)
     return fig.update_xaxes(title_text="return", range=[-15, 1090], dtick=200)
+
+# %% ../nbs/51_plots.ipynb #dc72af72
+def latencies(
+    rows, # Dicts with what, ms, low, high, and perhaps floor_ms and times_baseline, as `benchmark` makes them
+    title:str="Milliseconds a call: medians, quartiles, and floors where they are known",
+) -> go.Figure:
+    "A horizontal bar for each line of a benchmark."
+    if not rows: raise ConfigError("There are no timings to draw.")
+    fig, names = go.Figure(), [r["what"] for r in rows]
+    dull = ["plain" in n or "reference" in n for n in names]
+    fig.add_bar(y=names, x=[r["ms"] for r in rows], orientation="h", marker_color=[COLOURS["published"] if d else COLOURS["student"] for d in dull], width=0.6, showlegend=False,
+        error_x=dict(type="data", symmetric=False, array=[r["high"] - r["ms"] for r in rows], arrayminus=[r["ms"] - r["low"] for r in rows], color="#111827", thickness=1.5, width=4))
+    floors = [r for r in rows if r.get("floor_ms")]
+    if floors: fig.add_scatter(y=[r["what"] for r in floors], x=[r["floor_ms"] for r in floors], mode="markers", name="floor", marker=dict(symbol="line-ns", size=16, line=dict(width=3, color="#111827")))
+    for r in rows:
+        more = f", {r['times_baseline']:.1f} times" if r.get("times_baseline") else ""
+        fig.add_annotation(x=np.log10(r["high"]), y=r["what"], text=f"<b>{r['ms']:.3g} ms</b>{more}", showarrow=False, xanchor="left", xshift=8)
+    style(fig, title, height=150 + 30 * len(rows))
+    fig.update_layout(margin=dict(l=40 + 7 * max(map(len, names))))
+    fig.update_yaxes(autorange="reversed", showgrid=False)
+    low, high = min(r.get("floor_ms") or r["ms"] for r in rows), max(r["high"] for r in rows)
+    return fig.update_xaxes(type="log", title_text="ms", range=[np.log10(low) - 0.3, np.log10(high) + 0.8])

@@ -22,12 +22,14 @@ from .tasks import discount
 from .twohot import from_two_hot
 from .world_model import WorldModel
 
-# %% ../nbs/21_train.ipynb #50aa407a
+# %% ../nbs/21_train.ipynb #721f0ca2
 @dataclass(frozen=True)
 class TrainConfig:
     "Settings of the update; the defaults are the published ones."
     lr:float=3e-4                # Adam's rate
     enc_lr_scale:float=0.3       # The encoder's rate relative to it
+    lr_final:float=1.            # Rates at the end of a run relative to its beginning; 1 keeps them
+    decay_steps:int=0            # Length of that run in updates; rates fall linearly over its second half
     grad_clip:float=20.          # Largest gradient norm, for world model and policy each
     rho:float=0.5                # Weight of a step along the rollout relative to the one before
     consistency_coef:float=20.   # Weight of the latent prediction
@@ -43,11 +45,12 @@ class TrainConfig:
     def __post_init__(self):
         check_number(self, "lr", "enc_lr_scale", "grad_clip", above=True)
         check_number(self, "consistency_coef", "reward_pred_coef", "value_coef", "pi_coef", "entropy_coef")
-        check_number(self, "rho", "tau", "discount", high=1.)
+        check_number(self, "rho", "tau", "discount", "lr_final", high=1.)
+        if self.lr_final < 1 and self.decay_steps < 1: raise ConfigError("lr_final below 1 needs decay_steps, the updates of the whole run.")
         check_number(self, "dropout", high=0.99)
         if self.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {self.precision!r}.")
 
-# %% ../nbs/21_train.ipynb #6a0144b5
+# %% ../nbs/21_train.ipynb #ff7b1657
 class Learner:
     "What an update needs beside the model, and where it stands."
     def __init__(self,
@@ -64,7 +67,7 @@ class Learner:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.params, self.pi_params = [p for _, p in named], list(model.pi_head.parameters())
         rest = [p for n, p in named if not n.startswith(("encoder.", "pi_head."))]
-        kw = dict(fused=dev.type in ("cpu", "cuda"))
+        kw, self.rates = dict(fused=dev.type in ("cpu", "cuda")), [c.lr * c.enc_lr_scale, c.lr, c.lr]
         self.opt = torch.optim.Adam([dict(params=list(model.encoder.parameters()), lr=c.lr * c.enc_lr_scale), dict(params=rest)], lr=c.lr, **kw)
         self.pi_opt = torch.optim.Adam(self.pi_params, lr=c.lr, eps=1e-5, **kw)
 
@@ -129,7 +132,16 @@ def pi_update(self:Learner,
     self.pi_opt.step()
     return stats
 
-# %% ../nbs/21_train.ipynb #a126699f
+# %% ../nbs/21_train.ipynb #ff6cc826
+@patch
+def set_rates(self:Learner):
+    "Adam's rates for the update that comes."
+    c = self.cfg
+    if c.lr_final == 1: return
+    share = min(max(2 * self.step / c.decay_steps - 1, 0.), 1.)
+    for g, lr in zip([*self.opt.param_groups, *self.pi_opt.param_groups], self.rates): g["lr"] = lr * (1 - (1 - c.lr_final) * share)
+
+# %% ../nbs/21_train.ipynb #62c40ec1
 @patch
 def update(self:Learner,
     batch,       # obs `[H+1, B, O]`, action `[H, B, A]`, reward `[H, B, 1]`, task `[B]`
@@ -138,6 +150,7 @@ def update(self:Learner,
 ) -> dict:       # Scalars as tensors; nothing waits for them here
     "One training update (TD-MPC2, algorithm 2; TD-MPC-Opt adds its term through `terms`)."
     m, c = self.model, self.cfg
+    self.set_rates()
     with self._dropout_rng(), training_precision(c.precision):
         m.train()
         next_z, target = self.targets(batch, noise and noise[0])
