@@ -162,11 +162,11 @@ class DistillConfig:
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 
-# %% ../nbs/22_distill.ipynb #e9cc719a
+# %% ../nbs/22_distill.ipynb #27f48cf5
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
               save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
-    quick=dict(steps=3000, batch_size=128, lr=1e-3, lr_final=0.05, eval_every=1000),
+    quick=dict(steps=3000, batch_size=128, lr=1e-3, lr_final=0.05, eval_every=1000, eval_planning="2"),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, explore=True))
 

@@ -6,8 +6,8 @@
 __all__ = ['simnorm', 'NormedLinear', 'mlp', 'StackedLinear', 'Ensemble', 'training_precision', 'plain_layers', 'over',
            'init_weights']
 
-# %% ../nbs/11_layers.ipynb #d83a201c
-import contextlib, ctypes
+# %% ../nbs/11_layers.ipynb #a8a8ff18
+import contextlib, ctypes, threading
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import ConfigError
-from .kernels import fits, kernels
+from .kernels import fits, kernels, sampled
 
 # %% ../nbs/11_layers.ipynb #4984dd13
 def simnorm(
@@ -100,7 +100,7 @@ class Ensemble(nn.ModuleList):
         for layer in self: x = layer(x, detach)
         return x.unflatten(1, shape)
 
-# %% ../nbs/11_layers.ipynb #700e90c0
+# %% ../nbs/11_layers.ipynb #276aaa49
 class _Layer(ctypes.Structure):
     _fields_ = [(n, t) for t, names in ((ctypes.c_int, "K N ld"), (ctypes.c_void_p, "w b ln_w ln_b dw db dln_w dln_b h xhat rstd dy pack packT hp dyp")) for n in names.split()]
 
@@ -108,130 +108,148 @@ class _Fused(ctypes.Structure):
     _fields_ = [*((n, ctypes.c_int) for n in "depth R T E tail need_dx need_dw todo".split()), ("l", _Layer * 8), *((n, ctypes.c_void_p) for n in "x emb task table d_table d_emb".split()),
                 ("drop", ctypes.c_float), ("seed", ctypes.c_uint32), *((n, ctypes.c_void_p) for n in "out dout dx partial".split())]
 
-_packs, _PANEL, _BLOCK = WeakTensorKeyDictionary(), 32, 32  # weight -> {(bf16, backward): (version, address, words)}
+_packs, _PANEL, _BLOCK = WeakTensorKeyDictionary(), 32, 32  # weight -> {(bf16, backward, K, tail): (version, address, checksum, words)}
+_lock = threading.RLock()  # from the look into `_packs` to the end of the call that fills them
 
 register_optimizer_step_post_hook(
-    lambda opt, *_: torch.autograd.graph.increment_version([p for g in opt.param_groups for p in g["params"] if p.requires_grad]))
+    lambda opt, *_: torch.autograd.graph.increment_version([p for g in opt.param_groups for p in g["params"] if p.grad is not None]))
+
+def _now(w:Tensor) -> tuple: return 0 if w.is_inference() else w._version, w.data_ptr(), sampled([w])
 
 def _words(
     w:Tensor,       # `[C, N, ld]`
     K:int,          # Inputs without the task's columns
+    tail:int,       # How many of them stand behind those
     bf16:bool,      # Two to a word?
     backward:bool,  # Inputs side by side?
-) -> tuple:         # buffer `[C, words]`, and whether it has to be filled
+) -> tuple:         # buffer `[C, words]`, and None or what `_packs` has to be told once it is filled
     "Where a weight is packed to."
-    have, key = _packs.setdefault(w, {}), (bf16, backward)
-    if key in have and have[key][:2] == (w._version, w.data_ptr()): return have[key][2], False
+    have, key, now = _packs.setdefault(w, {}), (bf16, backward, K, tail), _now(w)
+    if key in have and have[key][:3] == now: return have[key][3], None
     C, N = w.shape[0] if w.ndim == 3 else 1, w.shape[-2]
     a, b = (K, N) if not backward else (N, K)
-    size = -(-b // _PANEL) * _PANEL * -(-a // (2 if bf16 else 1))
-    buffer = have[key][2] if key in have and have[key][2].shape == (C, size) else torch.empty(C, size, dtype=torch.int32)
-    have[key] = w._version, w.data_ptr(), buffer
-    return buffer, True
+    shape = C, -(-b // _PANEL) * _PANEL * -(-a // (2 if bf16 else 1))
+    old = have.pop(key, None)
+    buffer = old[3] if old is not None and tuple(old[3].shape) == shape else torch.empty(shape, dtype=torch.int32, device="cpu")
+    return buffer, (have, key, (*now, buffer))
 
-# %% ../nbs/11_layers.ipynb #0e6b4590
+# %% ../nbs/11_layers.ipynb #92bf9427
 _rooms = {}  # shape -> tensors that nobody uses
 
 def _room(*shape) -> Tensor: # float32, with anything in it
-    free = _rooms.get(shape)
-    return free.pop() if free else torch.empty(shape)
+    with _lock:
+        free = _rooms.get(shape)
+        return free.pop() if free else torch.empty(shape, dtype=torch.float32, device="cpu")
 
-def _give_back(*tensors):
-    if sum(t.numel() for free in _rooms.values() for t in free) > 2**26: _rooms.clear()  # 256 MB: sizes that were left behind
-    for t in tensors: _rooms.setdefault(tuple(t.shape), []).append(t)
+class _Rooms(list):
+    "Buffers that are given back when nobody needs them any more."
+    def take(self, *shape):
+        self.append(_room(*shape))
+        return self[-1]
 
-# %% ../nbs/11_layers.ipynb #e2a6867c
+    def __del__(self):
+        try:
+            with _lock:
+                if sum(t.numel() for free in _rooms.values() for t in free) > 2**26: _rooms.clear()  # 256 MB: sizes that were left behind
+                for t in self: _rooms.setdefault(tuple(t.shape), []).append(t)
+        except (TypeError, AttributeError, NameError): pass  # The interpreter is shutting down
+
+# %% ../nbs/11_layers.ipynb #b1ca9afb
+def _up(n:int) -> int: return -(-n // _PANEL) * _PANEL
+
+def _structs(layers, dims, C, R, emb, task, x, tail, drop, seed, buffers, out, table):
+    "One `_Fused` for each head."
+    f = (_Fused * C)()
+    at = lambda t, c: None if t is None else t.data_ptr() + (c * t.stride(0) * t.element_size() if C > 1 else 0)
+    for c in range(C):
+        for i, (w, b, lw, lb) in enumerate(layers):
+            l = f[c].l[i]
+            l.K, l.N, l.ld = dims[i], dims[i + 1], w.shape[-1]
+            l.w, l.b, l.ln_w, l.ln_b = (at(t, c) for t in (w, b, lw, lb))
+            for name, ts in buffers.items(): setattr(l, name, at(ts[i], c))
+        f[c].depth, f[c].R, f[c].T, f[c].E, f[c].tail, f[c].drop, f[c].seed = len(layers), R, *emb.shape, tail, drop, (seed + c * 0x85EBCA6B) % 2**32
+        f[c].x, f[c].emb, f[c].task, f[c].out, f[c].table = x.data_ptr(), emb.data_ptr(), task.data_ptr(), at(out, c), at(table, c)
+    return f
+
+def _call(f, C:int, bf16:bool, layers, keys, dims, tail:int, backward:bool, skip:bool=False):
+    "Pack what has to be packed and call the kernels; what was packed counts once they are through."
+    with _lock:
+        found = [(None, None) if skip and not i else _words(k, dims[i], 0 if i else tail, bf16, backward) for i, k in enumerate(keys)]
+        todo, name = sum((tell is not None) << i for i, (_, tell) in enumerate(found)), "packT" if backward else "pack"
+        for c in range(C):
+            f[c].todo = todo
+            for i, (words, _) in enumerate(found):
+                if words is not None: setattr(f[c].l[i], name, words[c].data_ptr())
+        (kernels().lib.fused_backward if backward else kernels().lib.fused_forward)(f, C, bf16, torch.get_num_threads())
+        for _, tell in found:
+            if tell is not None: tell[0][tell[1]] = tell[2]
+
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, task, emb, tail, drop, seed, bf16, *params):
+    def forward(ctx, x, task, emb, tail, drop, seed, bf16, grad, keys, *params):
         "x `[R, K]`, task `[R]`, embeddings `[T, E]` (E may be 0), then weight, bias, LayerNorm weight and bias of every layer, with or without heads, to `[C, R, N]`."
-        R, C, depth, up = len(x), len(params[0]) if params[0].ndim == 3 else 1, len(params) // 4, lambda n: -(-n // _PANEL) * _PANEL
-        layers = [params[4 * i:4 * i + 4] for i in range(depth)]
-        dims = [x.shape[1], *(l[0].shape[-2] for l in layers)]
-        x, task, emb = x.contiguous(), task.contiguous(), emb.contiguous()
-        out, half = x.new_empty(C, R, dims[-1]), bf16
-        buffers = dict(h=[_room(C, R, up(k)) for k in dims[:-1]], xhat=[_room(C, R, n) if l[2] is not None else None for n, l in zip(dims[1:], layers)],
-                       rstd=[x.new_empty(C, R) for _ in layers], pack=[])
-        todo = 0
-        for i, (k, l) in enumerate(zip(dims, layers)):
-            words, fresh = _words(l[0], k, half, False)
-            buffers["pack"].append(words); todo |= fresh << i
-        table = x.new_empty(C, len(emb), dims[1])
-        f = _MLP.args(layers, dims, C, R, emb, task, x, tail, drop, seed, buffers, out, table, todo)
-        kernels().lib.fused_forward(f, C, bf16, torch.get_num_threads())
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, task, emb, out, *params)
-            ctx.buffers, ctx.rest = buffers, (tail, drop, seed, bf16)
-        else: _give_back(*(t for k in ("h", "xhat") for t in buffers[k] if t is not None))
+        R, C, layers = len(x), len(params[0]) if params[0].ndim == 3 else 1, [params[i:i + 4] for i in range(0, len(params), 4)]
+        dims, rooms = [x.shape[1], *(l[0].shape[-2] for l in layers)], _Rooms()
+        out, table = x.new_empty(C, R, dims[-1]), x.new_empty(C, len(emb), dims[1])
+        buffers = dict(h=[rooms.take(C, R, _up(k)) for k in dims[:-1]], xhat=[rooms.take(C, R, n) if l[2] is not None else None for n, l in zip(dims[1:], layers)],
+                       rstd=[rooms.take(C, R) for _ in layers])
+        _call(_structs(layers, dims, C, R, emb, task, x, tail, drop, seed, buffers, out, table), C, bf16, layers, keys, dims, tail, False)
+        if grad:
+            ctx.save_for_backward(x, task, emb, out if layers[-1][2] is not None else None, *params)
+            ctx.buffers, ctx.rooms, ctx.rest, ctx.keys = buffers, rooms, (tail, drop, seed, bf16), keys
         return out
-
-    @staticmethod
-    def args(layers, dims, C, R, emb, task, x, tail, drop, seed, buffers, out, table, todo):
-        "One `_Fused` for each head."
-        f = (_Fused * C)()
-        at = lambda t, c: None if t is None else t.data_ptr() + (c * t.stride(0) * t.element_size() if C > 1 else 0)
-        for c in range(C):
-            for i, (w, b, lw, lb) in enumerate(layers):
-                l = f[c].l[i]
-                l.K, l.N, l.ld = dims[i], dims[i + 1], w.shape[-1]
-                l.w, l.b, l.ln_w, l.ln_b = (at(t, c) for t in (w, b, lw, lb))
-                for name, ts in buffers.items(): setattr(l, name, at(ts[i], c))
-            f[c].depth, f[c].R, f[c].T, f[c].E, f[c].tail, f[c].todo, f[c].drop, f[c].seed = len(layers), R, *emb.shape, tail, todo, drop, (seed + c * 0x9E3779B1) % 2**32
-            f[c].x, f[c].emb, f[c].task, f[c].out, f[c].table = x.data_ptr(), emb.data_ptr(), task.data_ptr(), at(out, c), at(table, c)
-        return f
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, task, emb, out, *params = ctx.saved_tensors
-        (tail, drop, seed, bf16), buffers, up = ctx.rest, ctx.buffers, lambda n: -(-n // _PANEL) * _PANEL
-        R, C, depth = len(x), len(out), len(params) // 4
-        layers = [params[4 * i:4 * i + 4] for i in range(depth)]
-        dims, grad = [x.shape[1], *(l[0].shape[-2] for l in layers)], grad.contiguous()
+        (tail, drop, seed, bf16), layers, rooms = ctx.rest, [params[i:i + 4] for i in range(0, len(params), 4)], _Rooms()
+        dims, grad, (C, R, _) = [x.shape[1], *(l[0].shape[-2] for l in layers)], grad.contiguous(), grad.shape
         need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-        like, todo = lambda t: None if t is None or not need_dw else torch.empty_like(t), 0
-        grads = [tuple(map(like, l)) for l in layers]
-        own = dict(dw=[g[0] for g in grads], db=[g[1] for g in grads], dln_w=[g[2] for g in grads], dln_b=[g[3] for g in grads], dy=[_room(C, R, up(n)) for n in dims[1:]], packT=[])
-        if bf16: own |= dict(hp=[_room(C, (R + 1) // 2, up(k)) for k in dims[:-1]], dyp=[_room(C, (R + 1) // 2, up(n)) for n in dims[1:]])
-        for i, (k, l) in enumerate(zip(dims, layers)):
-            words, fresh = _words(l[0], k, bf16, True) if i or need_dx else (None, False)
-            own["packT"].append(words); todo |= fresh << i
-        d_table, d_emb, dx = x.new_empty(C, len(emb), dims[1]), x.new_empty(C, *emb.shape) if need_dw else None, x.new_empty(C, *x.shape) if need_dx else None
-        f = _MLP.args(layers, dims, C, R, emb, task, x, tail, drop, seed, buffers | own, out, d_table, todo)
-        partial = _room(C, -(-R // _BLOCK), 3 * sum(dims[1:]))
+        grads = [tuple(None if t is None or not need_dw else torch.empty_like(t) for t in l) for l in layers]
+        own = ctx.buffers | dict(zip(("dw", "db", "dln_w", "dln_b"), zip(*grads))) | dict(dy=[rooms.take(C, R, _up(n)) for n in dims[1:]])
+        if bf16: own |= dict(hp=[rooms.take(C, (R + 1) // 2, _up(k)) for k in dims[:-1]], dyp=[rooms.take(C, (R + 1) // 2, _up(n)) for n in dims[1:]])
+        d_table, partial = rooms.take(C, len(emb), dims[1]), rooms.take(C, -(-R // _BLOCK), 3 * sum(dims[1:]))
+        d_emb, dx = x.new_empty(C, *emb.shape) if need_dw else None, x.new_empty(C, *x.shape) if need_dx else None
+        f = _structs(layers, dims, C, R, emb, task, x, tail, drop, seed, own, out, None)
         for c in range(C):
-            f[c].need_dx, f[c].need_dw, f[c].dout, f[c].partial = need_dx, need_dw, grad[c].data_ptr(), partial[c].data_ptr()
+            f[c].need_dx, f[c].need_dw, f[c].dout, f[c].partial, f[c].d_table = need_dx, need_dw, grad[c].data_ptr(), partial[c].data_ptr(), d_table[c].data_ptr()
             if need_dx: f[c].dx = dx[c].data_ptr()
-            if need_dw: f[c].d_table, f[c].d_emb = d_table[c].data_ptr(), d_emb[c].data_ptr()
-        kernels().lib.fused_backward(f, C, bf16, torch.get_num_threads())
-        ctx.buffers = None
-        _give_back(partial, *(t for k in ("h", "xhat", "dy", "hp", "dyp") for t in (buffers | own).get(k, ()) if t is not None))
+            if need_dw: f[c].d_emb = d_emb[c].data_ptr()
+        _call(f, C, bf16, layers, ctx.keys, dims, tail, True, not need_dx)
         total = lambda t: None if t is None else t[0] if C == 1 else t.sum(0)
-        return (total(dx), None, total(d_emb), *[None] * 4, *(g for l in grads for g in l))
+        return total(dx), None, total(d_emb), *[None] * 6, *(g for l in grads for g in l)
 
-# %% ../nbs/11_layers.ipynb #6c20d789
-_bf16, _plain = [False], [False]
+# %% ../nbs/11_layers.ipynb #57797c07
+class _Ways(threading.local): bf16, plain = False, False
+_ways = _Ways()
 
 @contextlib.contextmanager
+def _way(**kw):
+    before = {k: getattr(_ways, k) for k in kw}
+    for k, v in kw.items(): setattr(_ways, k, v)
+    try: yield
+    finally:
+        for k, v in before.items(): setattr(_ways, k, v)
+
 def training_precision(
     name:str, # "float32" or "bfloat16"
 ):
-    "Inside, fused MLPs multiply in this precision."
+    "In this context fused MLPs multiply in this precision."
     if name not in ("float32", "bfloat16"): raise ConfigError(f"The precision of training is 'float32' or 'bfloat16', not {name!r}.")
-    before, _bf16[0] = _bf16[0], name == "bfloat16"
-    try: yield
-    finally: _bf16[0] = before
+    return _way(bf16=name == "bfloat16")
 
-@contextlib.contextmanager
 def plain_layers():
-    "Inside, MLPs run layer by layer in PyTorch, as exporting and higher derivatives need it."
-    before, _plain[0] = _plain[0], True
-    try: yield
-    finally: _plain[0] = before
+    "In this context MLPs run layer by layer in PyTorch, as exporting and higher derivatives need it."
+    return _way(plain=True)
 
-def _fusable(front:Tensor, widths) -> bool:
-    return (front.device.type == "cpu" and front.dtype == torch.float32 and front.numel() > 0 and not _plain[0] and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing() and fits(*widths))
+def _fusable(x:Tensor, emb, net, layers) -> bool:
+    "Is everything as the kernels expect it: float32 on the CPU, in one piece, of whole vectors, with the activations they know?"
+    ok = lambda t: t is None or t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() > 0
+    if _ways.plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or not 2 <= len(layers) <= 8: return False
+    if not (x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and ok(emb) and all(ok(t) for l in layers for t in l)): return False
+    if not isinstance(net, Ensemble) and any(getattr(l, "act", None) is not (F.mish if i < len(net) - 1 else simnorm if hasattr(l, "act") else None) for i, l in enumerate(net)): return False
+    return all(l[2] is not None for l in layers[:-1]) and fits(*(l[0].shape[-2] for l in layers if l[2] is not None))
 
 # %% ../nbs/11_layers.ipynb #69ba4931
 _checked = WeakTensorKeyDictionary()  # embedding weight -> (version, address) when it was scaled last
@@ -247,7 +265,7 @@ def _scaled(
         _checked[w] = w._version, w.data_ptr()
     return w
 
-# %% ../nbs/11_layers.ipynb #f74d5f2b
+# %% ../nbs/11_layers.ipynb #5c57dcf8
 def over(
     net,               # An `mlp` or an `Ensemble`
     front:Tensor,      # `[..., n]`
@@ -259,17 +277,19 @@ def over(
     "A net over front, task embedding and back."
     stacked, shape, p = isinstance(net, Ensemble), front.shape[:-1], (lambda t: t.detach()) if detach else (lambda t: t)
     layers = [(l.weight, l.bias, *((l.ln.weight, l.ln.bias) if getattr(l, "ln", None) is not None else (None, None))) for l in net]
-    w, b = layers[0][:2]
-    if not _fusable(front, [l[0].shape[-2] for l in layers if l[2] is not None]) or w.dtype != torch.float32:
+    x = front if back is None else torch.cat([front, back], -1)
+    if not _fusable(x, None if emb is None else emb.weight, net, layers):
         parts = [front] if emb is None else [front, p(emb(task)).expand(*shape, -1)]
         x = torch.cat(parts if back is None else [*parts, back], -1)
-        return net(x, detach) if stacked else net(x)
-    n, tail = front.shape[-1], 0 if back is None else back.shape[-1]
-    x = (front if back is None else torch.cat([front, back], -1)).reshape(-1, n + tail)
-    e, task = (w.new_empty(1, 0), torch.zeros(len(x), dtype=torch.int64)) if emb is None else (p(_scaled(emb)), task.expand(shape).reshape(-1))
+        return net(x, detach) if stacked else torch.func.functional_call(net, {k: v.detach() for k, v in net.named_parameters()}, x) if detach else net(x)
+    x, tail = x.reshape(-1, x.shape[-1]), 0 if back is None else back.shape[-1]
+    if emb is None: e, task, tail = x.new_empty(1, 0), torch.zeros(len(x), dtype=torch.int64, device="cpu"), 0
+    else:
+        e, task = p(_scaled(emb)), task.to(torch.int64).expand(shape).reshape(-1).contiguous()
+        if not 0 <= int(task.min()) <= int(task.max()) < len(e): raise IndexError(f"Task indices from 0 to {len(e) - 1} are needed, not {sorted(set(task.tolist()))}.")
     drop = net[0].dropout if stacked and net[0].training else 0.
-    seed = int(torch.randint(2**31, ())) if drop else 0
-    out = _MLP.apply(x, task, e, tail if emb is not None else 0, drop, seed, _bf16[0], *(None if t is None else p(t) for l in layers for t in l))
+    seed = int(torch.randint(2**31, (), device="cpu")) if drop else 0
+    out = _MLP.apply(x.contiguous(), task, e, tail, drop, seed, _ways.bf16, torch.is_grad_enabled(), [l[0] for l in layers], *(None if t is None else p(t) for l in layers for t in l))
     return out.reshape(*out.shape[:stacked], *shape, -1) if stacked else out[0].reshape(*shape, -1)
 
 # %% ../nbs/11_layers.ipynb #960b6225

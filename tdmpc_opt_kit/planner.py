@@ -6,7 +6,7 @@
 __all__ = ['PLAN_PRESETS', 'PlanConfig', 'plan_config', 'Folded', 'Imagination', 'Rollouts', 'has_kernels', 'packed',
            'KernelRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'draw_noise', 'draw_heads', 'plan']
 
-# %% ../nbs/14_planner.ipynb #ebd1a1a5
+# %% ../nbs/14_planner.ipynb #de743648
 import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import ConfigError, from_preset, nearest, override
-from .kernels import PRECISIONS, Imagined, Net, fits
+from .kernels import PRECISIONS, Imagined, Net, fits, sampled
 from .layers import simnorm
 from .tasks import discount
 from .twohot import bins, symexp
@@ -203,7 +203,7 @@ def value(self:Rollouts,
     "The mean of some Q heads."
     return sum(self.scalar(self.q_heads[k](z, action.to(self.dtype))) for k in heads) / len(heads)
 
-# %% ../nbs/14_planner.ipynb #e144cdfc
+# %% ../nbs/14_planner.ipynb #0545bf2b
 _packed = weakref.WeakKeyDictionary()  # model -> {precision: (key, Net)}
 
 def has_kernels(
@@ -219,18 +219,17 @@ def packed(
     precision:str="float32", # A name in `PRECISIONS`
 ) -> Net:
     "The model's weights as the kernels want them."
-    emb, key = model.task_emb, []
-    for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head, model.q_heads): _state(m, key)
-    if emb is not None: key.append(emb.weight.detach().numpy().tobytes())
+    emb, tensors = model.task_emb, []
+    for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head, model.q_heads): _tensors(m, tensors)
+    key = [(t.data_ptr(), t._version) for t in tensors], sampled(tensors), None if emb is None else emb.weight.detach().numpy().tobytes()
     have = _packed.setdefault(model, {})
     if precision not in have or have[precision][0] != key: have[precision] = key, _pack(model, precision)
     return have[precision][1]
 
-def _state(m, key:list):
-    "Which tensors a module holds, and how often they were written to; `Module.parameters` would take longer than the policy."
-    for p in m._parameters.values():
-        if p is not None: key.append(p.data_ptr()); key.append(p._version)
-    for c in m._modules.values(): _state(c, key)
+def _tensors(m, out:list):
+    "A module's parameters; `Module.parameters` would take longer than the policy."
+    out += [p for p in m._parameters.values() if p is not None]
+    for c in m._modules.values(): _tensors(c, out)
 
 def _pack(model:WorldModel, precision:str) -> Net:
     "The task's columns of each first layer go into its bias, one row a task."

@@ -194,3 +194,42 @@ def test_teacher_run_goes_on(tmp_path):
     again = train_teacher(cfg, tmp_path / "t", resume=True, progress=False)  # nothing is left to do
     assert again["updates"] == first["updates"] and again["curve"] == first["curve"]
     assert (tmp_path / "t" / "teacher.safetensors").exists()
+
+
+def papermill(out, **parameters):
+    "run_distill at tiny, by itself."
+    from processes import ROOT, run
+    import sys
+    args = [a for k, v in dict(out_dir=out/"run", **parameters).items() for a in ("-p", k, str(v))]
+    run([sys.executable, "-m", "papermill", ROOT/"nbs"/"run_distill.ipynb", out/"out.ipynb", "--cwd", ROOT, "--no-progress-bar", *args], TDMPC_PRESET="tiny").check()
+    return json.loads((out/"run"/"report.json").read_text())
+
+
+def test_the_published_way(reference, tmp_path):
+    "One multi-task teacher from upstream's file, upstream's chunks, no planning at the end."
+    import shutil
+    (tmp_path/"chunks").mkdir()
+    for f in sorted((reference/"chunks").glob("*.pt"))[:1]: shutil.copy(f, tmp_path/"chunks"/f.name)
+    from tdmpc_opt_kit.data import convert_chunks
+    tasks = ",".join(convert_chunks(tmp_path/"chunks", tmp_path/"looked-at", progress=False).tasks)
+    teacher, = (reference/"checkpoints").glob("*fp16.pt")
+    report = papermill(tmp_path, teacher=teacher, data_dir=tmp_path/"chunks", tasks=tasks, recipe="paper", eval_planning="none")
+    assert report["tasks"] == tasks.split(",") and report["scores"]["student"]["plan"] is None and report["scores"]["student"]["policy"]["mean"] >= 0
+
+
+def test_all_thirty_tasks_without_planning(reference, tmp_path):
+    "The tables beside the published scores, where nobody planned."
+    teacher, = (reference/"checkpoints").glob("*fp16.pt")
+    report = papermill(tmp_path, teacher=teacher, tasks="mt30", eval_planning="none", eval_every=0, random_episodes=0)
+    assert len(report["tasks"]) == 30 and report["scores"]["teacher"]["policy"]["mean"] >= 0
+
+
+def test_a_notebook_that_goes_on(home, tmp_path):
+    "Stopped after four updates and resumed, the notebook logs what it logs in one go."
+    lines = {}
+    for name, runs in (("whole", [dict(steps=6)]), ("parts", [dict(steps=4), dict(steps=6, resume=True)])):
+        (tmp_path/name).mkdir()
+        for kw in runs: report = papermill(tmp_path/name, teacher=home/"teachers", data_dir=home/"store", tasks=TASKS, eval_planning="none", **kw)
+        rows = [json.loads(l) for l in (tmp_path/name/"run"/"metrics.jsonl").read_text().splitlines()]
+        lines[name] = {(r["step"], r["agent"]): r["total_loss"] for r in rows if "total_loss" in r}, report["scores"]["student"]["policy"]["mean"]
+    assert lines["whole"] == lines["parts"]
