@@ -6,7 +6,7 @@
 __all__ = ['simnorm', 'NormedLinear', 'mlp', 'StackedLinear', 'Ensemble', 'training_precision', 'plain_layers', 'over',
            'init_weights']
 
-# %% ../nbs/11_layers.ipynb #a8a8ff18
+# %% ../nbs/11_layers.ipynb #72b531f9
 import contextlib, ctypes, threading
 
 import torch
@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import ConfigError
 from .kernels import fits, kernels, sampled
+
+with contextlib.suppress(ImportError): import triton  # PyTorch's CUDA build does so at an optimizer's first step; where another LLVM is loaded by then (Mesa's, to render), that crashes
 
 # %% ../nbs/11_layers.ipynb #4984dd13
 def simnorm(
