@@ -311,10 +311,10 @@ def store_figure(
     fig.update_yaxes(autorange="reversed", showgrid=True)
     return fig.update_xaxes(title_text="return", range=[-15, 1090], dtick=200)
 
-# %% ../nbs/51_plots.ipynb #dc72af72
+# %% ../nbs/51_plots.ipynb #d390af62
 def latencies(
     rows, # Dicts with what, ms, low, high, and perhaps floor_ms and times_baseline, as `benchmark` makes them
-    title:str="Milliseconds a call: medians, quartiles, and floors where they are known",
+    title:str="Milliseconds a call: median, quartiles, floor",
 ) -> go.Figure:
     "A horizontal bar for each line of a benchmark."
     if not rows: raise ConfigError("There are no timings to draw.")
