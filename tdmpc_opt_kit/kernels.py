@@ -619,12 +619,13 @@ static void task_biases(const Fused& f, int panel) {  // the first layer's bias 
     }
 }
 // zero or 1 / (1 - drop) by a hash of seed and place, so that the backward pass finds the same
-static inline vf kept(const Fused& f, uint32_t at) {
+static inline vf kept_at(float drop, uint32_t seed, uint32_t at) {
     typedef uint32_t vu __attribute__((vector_size(4 * V), aligned(4)));
     vu x; for (int k = 0; k < V; k++) x[k] = k;
-    x = (x + at) * 0x9E3779B1u + f.seed; x ^= x >> 16; x *= 0x85EBCA6Bu; x ^= x >> 13; x *= 0xC2B2AE35u; x ^= x >> 16;
-    return __builtin_convertvector((vi)(x >> 8), vf) * (1 / 16777216.f) < f.drop ? splat(0.f) : splat(1 / (1 - f.drop));
+    x = (x + at) * 0x9E3779B1u + seed; x ^= x >> 16; x *= 0x85EBCA6Bu; x ^= x >> 13; x *= 0xC2B2AE35u; x ^= x >> 16;
+    return __builtin_convertvector((vi)(x >> 8), vf) * (1 / 16777216.f) < drop ? splat(0.f) : splat(1 / (1 - drop));
 }
+static inline vf kept(const Fused& f, uint32_t at) { return kept_at(f.drop, f.seed, at); }
 struct Work { std::vector<float> y, t; std::vector<int32_t> in; void size(size_t n, size_t words) { if (y.size() < n) { y.resize(n); t.resize(n); } if (in.size() < words) in.resize(words); } };
 static thread_local Work work;
 static int widest(const Fused& f) { int w = 0; for (int i = 0; i < f.depth; i++) w = std::max({w, up(f.l[i].K, PANEL), up(f.l[i].N, PANEL)}); return w; }
@@ -779,9 +780,479 @@ extern "C" void fused_backward(Fused* f, int count, int bf16, int threads) {
 }
 """
 
+# %% ../nbs/05_kernels.ipynb #a7d10002
+_UPDATE = r"""
+struct ULayer {
+    int K, N, ld; const float *w, *b, *ln_w, *ln_b;  // as in FusedLayer
+    float *dw, *db, *dln_w, *dln_b;
+    int32_t *pack, *packT;
+    int32_t *h, *dy; float *xhat, *rstd;             // kept, for rows t * Bs + b: input and gradient of the product in panels, normed output [R, N], 1 / std [R]
+};
+struct UNet {
+    int depth, tail, R, logits, shares; ULayer l[8]; // tail: columns behind the task's; R: rows kept (0: nothing is); shares: its first input is kept by another net
+    float *table, *d_table, *d_emb, *sums;           // first biases by task [T, N]; their gradients; [T, E]; sums of gradients by block [blocks, 3 * sum of N]
+};
+struct Update {
+    int B, Bs, H, O, D, A, C, T, E, threads, bf16, heads[2], num_heads, Np; float gamma, rho, drop; uint32_t seed;
+    UNet *nets;                                      // encoder, dynamics, reward, policy, C heads, C target heads, two slots for the heads that the policy asks
+    const float *emb, *mask, *bins;
+    const int64_t* task; const float *obs, *action, *reward, *noise;  // [B], [H+1, B, O], [H, B, A], [H, B], of the policy [H (+ 1), B, A]
+    float *next_z, *target, *zs, *logits, *loss;     // [H, B, D], [H, B], [H+1, B, D], [H, B, 101], by block [blocks, 3, H]
+    float *d_rew, *d_q;                              // softmax less two-hot [H * Bs, Np], [C, H * Bs, Np]
+    float g_cons, g_rew, g_val; const float *g_zs, *g_logits;         // gradients of the losses; of zs and logits, or null
+    float *q, *logp, *pi_raw, *pi_a, g_pi, entropy, scale;            // [H+1, B] twice, [(H+1) * Bs, 2A], [(H+1) * Bs, A]
+};
+enum { U_ENC, U_DYN, U_REW, U_PI, U_Q };
+struct Desk {  // a thread's own
+    std::vector<float> first, x, y, g, t, gz; std::vector<int32_t> first_q, q; int W = 0;
+    void size(int w, int D) {
+        W = w; size_t n = (size_t)BLOCK * W;
+        for (auto* v : {&first, &x, &y, &g, &t}) if (v->size() < n) v->resize(n);
+        for (auto* v : {&first_q, &q}) if (v->size() < n) v->resize(n);
+        if (gz.size() < (size_t)BLOCK * D) gz.resize((size_t)BLOCK * D);
+    }
+};
+static thread_local Desk desk;
+static int desk_width(const Update& u) { int w = 0; for (int i = 0; i < U_Q + 2 * u.C; i++) for (int k = 0; k < u.nets[i].depth; k++) w = std::max({w, u.nets[i].l[k].K, u.nets[i].l[k].N}); return up(w, 96); }
+
+static void narrow(const float* x, int W, int rows, int K, int32_t* q) { for (int r = 0; r < rows; r++) for (int k = 0; k < K; k += V) put_bf16((char*)(q + (size_t)r * W) + 2 * k, load(x + (size_t)r * W + k)); }
+// rows into panels of P columns: what the weights' gradients read later lies side by side
+template <int P> static void keep_rows(Type t, const float* x, int W, int rows, int N, int32_t* to, int Rw, int r0) {
+    for (int n0 = 0; n0 < N; n0 += P) {
+        int32_t* at = to + ((size_t)(n0 / P) * Rw + (t == F32 ? r0 : r0 / 2)) * P;
+        if (t == F32) for (int r = 0; r < rows; r++, at += P) for (int v = 0; v < P; v += V) store((float*)at + v, load(x + (size_t)r * W + n0 + v));
+        else for (int r = 0; r < rows; r += 2, at += P) for (int v = 0; v < P; v += V) put_pairs(at + v, load(x + (size_t)r * W + n0 + v), r + 1 < rows ? load(x + (size_t)(r + 1) * W + n0 + v) : splat(0));
+    }
+}
+// as `patches`, of a whole panel or of its first vector alone
+template <Type T, int M> static void thin_of(int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc) {
+    vf acc[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) acc[m] = load(bias);
+    for (int k = 0; k < Kw; k++, b += PANEL)
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) acc[m] = dot<T>(acc[m], a[m * am + k], b);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) store(c + m * ldc, acc[m]);
+}
+template <Type T, int M> static inline void thin(int m, int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc) {
+    if (m == M) thin_of<T, M>(Kw, a, am, b, bias, c, ldc);
+    else if constexpr (M > 1) thin<T, M - 1>(m, Kw, a, am, b, bias, c, ldc);
+}
+static void u_patches(bool whole, Type t, int rows, int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc) {
+    if (whole) { patches(t, rows, Kw, a, am, 1, b, PANEL, bias, c, ldc); return; }
+    int tiles = (rows + MR - 1) / MR;
+    for (int i = 0, m0 = 0; i < tiles; i++) {
+        int m = (rows - m0) / (tiles - i);
+        if (t == F32) thin<F32, MR>(m, Kw, a + m0 * am, am, b, bias, c + m0 * ldc, ldc); else thin<BF16, MR>(m, Kw, a + m0 * am, am, b, bias, c + m0 * ldc, ldc);
+        m0 += m;
+    }
+}
+template <int S> static inline void swap_lanes(vi* r) {  // a stage of a transposition
+    vi lo, hi; for (int k = 0; k < V; k++) { lo[k] = k & S ? V + k - S : k; hi[k] = k & S ? V + k : k + S; }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) if (!(i & S)) { vi a = r[i], b = r[i + S]; r[i] = __builtin_shuffle(a, b, lo); r[i + S] = __builtin_shuffle(a, b, hi); }
+}
+static inline void transpose(vi* r) { swap_lanes<1>(r); swap_lanes<2>(r); swap_lanes<4>(r); if (V == 16) swap_lanes<V == 16 ? 8 : 4>(r); }
+// `pack_forward` where the columns before the task's are a whole number of vectors: those by transposition, the rest as there
+static void u_pack_forward(const FusedLayer& l, int tail, Type t, int panel) {
+    int per = per_word(t), Kw = up(l.K, per) / per, head = l.K - tail, whole = head / (V * per) * (V * per); int32_t* to = l.pack + (size_t)panel * Kw * PANEL;
+    for (int v = 0; v < 2; v++)
+        for (int k0 = 0; k0 < whole; k0 += V * per) {
+            vi r[V];
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) {
+                int n = panel * PANEL + v * V + j; const float* w = l.w + (size_t)n * l.ld + k0;
+                if (n >= l.N) r[j] = vi{};
+                else if (t == F32) r[j] = (vi)load(w);
+                else { put_bf16(&r[j], load(w)); put_bf16((char*)&r[j] + 2 * V, load(w + V)); }
+            }
+            transpose(r);
+#pragma GCC unroll 16
+            for (int j = 0; j < V; j++) *(vi*)(to + (size_t)(k0 / per + j) * PANEL + v * V) = r[j];
+        }
+    for (int j = 0; j < PANEL; j++) {
+        int n = panel * PANEL + j;
+        for (int k = whole; k < Kw * per; k++) {
+            float w = n < l.N && k < l.K ? *column(l, tail, n, k) : 0.f;
+            if (t == F32) ((float*)to)[k * PANEL + j] = w; else ((uint16_t*)to)[(k / 2 * PANEL + j) * 2 + k % 2] = to_bf16(w);
+        }
+    }
+}
+static int words_of(Type t, int R) { return t == F32 ? R : (R + 1) / 2; }
+// x and, behind it, y as input of the nets that follow
+static void take(Desk& s, Type t, int rows, const float* x, int nx, const float* y, int ny) {
+    int K = up(nx + ny, PANEL);
+    for (int r = 0; r < rows; r++) {
+        float* to = &s.first[(size_t)r * s.W]; memcpy(to, x + (size_t)r * nx, 4 * nx); if (ny) memcpy(to + nx, y + (size_t)r * ny, 4 * ny);
+        zeros(to, nx + ny, K);
+    }
+    if (t == BF16) narrow(s.first.data(), s.W, rows, K, s.first_q.data());
+}
+
+// the net over what `take` laid down; its last product's rows end up in s.y, or, behind SimNorm, in `out` [rows, N]. r0: where its rows are kept, at0: their numbers in the batch
+static void u_forward(const UNet& n, Type t, int rows, int r0, const int64_t* task, float* out, Desk& s, float drop = 0, uint32_t seed = 0, int at0 = 0) {
+    int W = s.W, Rw = words_of(t, n.R); const float* x = s.first.data(); const int32_t* q = s.first_q.data();
+    if (n.R && n.l[0].h && !n.shares) keep_rows<PANEL>(t, x, W, rows, n.l[0].K, n.l[0].h, Rw, r0);
+    for (int i = 0; i < n.depth; i++) {
+        const ULayer& l = n.l[i]; int per = per_word(t), Kw = up(l.K, per) / per; bool last = i == n.depth - 1;
+        for (int n0 = 0; n0 < l.N; n0 += PANEL) {
+            float bias[PANEL]; for (int k = 0; k < PANEL; k++) bias[k] = i && l.b && n0 + k < l.N ? l.b[n0 + k] : 0.f;
+            u_patches(l.N - n0 > V, t, rows, Kw, t == F32 ? (const int32_t*)x : q, W, l.pack + (size_t)n0 * Kw, bias, &s.y[n0], W);
+        }
+        if (!l.ln_w) {  // logits and the like
+            if (n.logits) for (int r = 0; r < rows; r++) for (int k = l.N; k < up(l.N, PANEL); k++) s.y[(size_t)r * W + k] = -1e30f;
+            return;
+        }
+        for (int r = 0; r < rows; r++) {
+            float* y = &s.y[(size_t)r * W]; size_t at = r0 + r;
+            if (i == 0) { const float* b = n.table + task[r] * l.N; for (int k = 0; k < l.N; k += V) store(y + k, load(y + k) + load(b + k)); }
+            if (i == 0 && drop > 0) for (int k = 0; k < l.N; k += V) store(y + k, load(y + k) * kept_at(drop, seed, (uint32_t)(at0 + r) * l.N + k));
+            float mean, rstd; moments(y, l.N, mean, rstd); float *xh = n.R ? l.xhat + at * l.N : y, *to = last ? out + (size_t)r * l.N : &s.x[(size_t)r * W];
+            if (n.R) l.rstd[at] = rstd;
+            for (int k = 0; k < l.N; k += V) {
+                vf z = (load(y + k) - mean) * rstd, w = z * load(l.ln_w + k) + load(l.ln_b + k); store(xh + k, z);
+                if (last) { vf e = vexp(w - max8(w)); store(to + k, e / sum8(e)); } else store(to + k, vmish(w));
+            }
+            if (!last) zeros(to, l.N, up(l.N, PANEL));
+        }
+        if (last) return;
+        x = s.x.data();
+        if (t == BF16) { narrow(x, W, rows, up(l.N, PANEL), s.q.data()); q = s.q.data(); }
+        if (n.R && n.l[i + 1].h) keep_rows<PANEL>(t, x, W, rows, l.N, n.l[i + 1].h, Rw, r0);
+    }
+}
+// the gradient g of a row behind LayerNorm and activation becomes its product's
+static void u_back_row(const ULayer& l, bool last, size_t at, const float* z, float* g, float* d_w, float* d_b, bool first, float drop, uint32_t seed, uint32_t number) {
+    const float* xh = l.xhat + at * l.N; vf sg = splat(0), sx = sg;
+    for (int n = 0; n < l.N; n += V) {
+        vf x = load(xh + n), w = load(l.ln_w + n), d;
+        if (last) { vf p = load(z + n), dz = load(g + n); d = p * (dz - sum8(p * dz)); }
+        else {
+            vf u = x * w + load(l.ln_b + n), e = exp_up_to_88(vmin(splat(20.f), u)), m = e * (e + 2.f), q = inverse(m + 2.f);
+            d = load(g + n) * (m * q + 4.f * u * e * (e + 1.f) * (q * q));
+        }
+        if (d_w) { store(d_w + n, load(d_w + n) + d * x); store(d_b + n, load(d_b + n) + d); }
+        d = d * w; store(g + n, d); sg += d; sx += d * x;
+    }
+    vf mg = splat(sum(sg) / l.N), mx = splat(sum(sx) / l.N);
+    for (int n = 0; n < l.N; n += V) {
+        vf d = l.rstd[at] * (load(g + n) - mg - load(xh + n) * mx);
+        store(g + n, first && drop > 0 ? d * kept_at(drop, seed, number * l.N + n) : d);
+    }
+}
+static int sum_of_widths(const UNet& n) { int s = 0; for (int i = 0; i < n.depth; i++) s += n.l[i].N; return s; }
+// s.g holds the gradient of the output and in the end that of the input's columns from .. to. z: the output, where SimNorm made it; block: whose sums are added to (-1: the weights want none)
+static void u_backward(const UNet& n, Type t, int rows, int r0, const float* z, int from, int to, int block, Desk& s, float drop = 0, uint32_t seed = 0, int at0 = 0) {
+    int W = s.W, Rw = words_of(t, n.R), at = sum_of_widths(n); float* sums = block < 0 ? nullptr : n.sums + (size_t)block * 3 * at;
+    for (int i = n.depth - 1; i >= 0; i--) {
+        const ULayer& l = n.l[i]; int Nw = up(l.N, per_word(t)) / per_word(t); at -= l.N;
+        float *d_w = sums ? sums + 3 * at : nullptr, *d_b = sums ? d_w + l.N : nullptr, *db = sums ? d_b + l.N : nullptr;
+        for (int r = 0; r < rows; r++) {
+            float* g = &s.g[(size_t)r * W];
+            if (l.ln_w) u_back_row(l, i == n.depth - 1, r0 + r, z ? z + (size_t)r * l.N : nullptr, g, d_w, d_b, !i, drop, seed, at0 + r);
+            zeros(g, l.N, up(l.N, 96));
+            if (db) for (int k = 0; k < l.N; k++) db[k] += g[k];
+        }
+        if (sums) keep_rows<48>(t, s.g.data(), W, rows, l.N, l.dy, Rw, r0);
+        int k0 = i ? 0 : from / PANEL * PANEL, k1 = i ? l.K : to;
+        if (k0 >= k1) return;
+        const int32_t* a = (const int32_t*)s.g.data();
+        if (t == BF16) { narrow(s.g.data(), W, rows, up(l.N, PANEL), s.q.data()); a = s.q.data(); }
+        for (; k0 < k1; k0 += PANEL) u_patches(k1 - k0 > V, t, rows, Nw, a, W, l.packT + (size_t)k0 * Nw, no_bias, &s.t[k0], W);
+        std::swap(s.g, s.t);
+    }
+}
+// c [rows, VS vectors] += sum over k of a[row + k * lda] times b[k * PANEL ...]
+template <Type T, int M, int VS> static void add_patch_of(int Kw, const int32_t* a, int lda, const int32_t* b, float* c, long ldc, bool add) {
+    vf acc[M][VS];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) for (int v = 0; v < VS; v++) acc[m][v] = add ? load(c + m * ldc + v * V) : splat(0);
+    for (int k = 0; k < Kw; k++, b += PANEL, a += lda) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int v = 0; v < VS; v++) acc[m][v] = dot<T>(acc[m][v], a[m], b + v * V);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) for (int v = 0; v < VS; v++) store(c + m * ldc + v * V, acc[m][v]);
+}
+constexpr int NT = 48, CHUNK = 96;
+// the gradient of NT outputs' weights of layer i, all rows, a few at a time
+static void u_weights(const Update& u, const UNet& n, int i, int n0, Type t, Desk& s) {
+    const ULayer& l = n.l[i]; int rows = std::min(NT, l.N - n0), Rw = words_of(t, n.R), Kp = up(l.K, PANEL), tail = i ? 0 : n.tail;
+    if (s.y.size() < (size_t)NT * Kp) s.y.resize((size_t)NT * Kp);
+    const int32_t* a = l.dy + (size_t)(n0 / NT) * Rw * NT;
+    for (int c = 0; c < Rw; c += CHUNK)
+        for (int k0 = 0; k0 < l.K; k0 += PANEL)
+            for (int m = 0; m < rows; m += MR) {
+                int k = std::min(CHUNK, Rw - c); const int32_t *p = a + (size_t)c * NT + m, *q = l.h + ((size_t)(k0 / PANEL) * Rw + c) * PANEL; float* to = &s.y[(size_t)m * Kp + k0];
+                bool two = l.K - k0 > V;
+                if (t == F32) two ? add_patch_of<F32, MR, 2>(k, p, NT, q, to, Kp, c) : add_patch_of<F32, MR, 1>(k, p, NT, q, to, Kp, c);
+                else two ? add_patch_of<BF16, MR, 2>(k, p, NT, q, to, Kp, c) : add_patch_of<BF16, MR, 1>(k, p, NT, q, to, Kp, c);
+            }
+    if (!i && u.E) {
+        for (int k = 0; k < u.T; k++) zeros(n.d_table + (size_t)k * l.N, n0, n0 + rows);
+        for (int r = 0; r < n.R; r++) {
+            int b = r % u.Bs; if (b >= u.B) continue;
+            float* d = n.d_table + u.task[b] * l.N + n0;
+            if (t == F32) { const float* g = (const float*)a + (size_t)r * NT; for (int k = 0; k < rows; k++) d[k] += g[k]; }
+            else { const int32_t* g = a + (size_t)(r / 2) * NT; for (int k = 0; k < rows; k++) { uint32_t x = r % 2 ? (uint32_t)g[k] & 0xffff0000u : (uint32_t)g[k] << 16; float f; memcpy(&f, &x, 4); d[k] += f; } }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float *to = l.dw + (size_t)(n0 + r) * l.ld, *from = &s.y[(size_t)r * Kp]; int head = l.K - tail;
+        memcpy(to, from, 4 * (size_t)head); memcpy(to + l.ld - tail, from + head, 4 * (size_t)tail);
+        if (i || !u.E) continue;
+        zeros(to, head, l.ld - tail); to += head;
+        for (int k = 0; k < u.T; k++) {
+            const float* e = u.emb + (size_t)k * u.E; float g = n.d_table[(size_t)k * l.N + n0 + r]; int j = 0;
+            if (g == 0) continue;
+            for (; j + V <= u.E; j += V) store(to + j, load(to + j) + g * load(e + j));
+            for (; j < u.E; j++) to[j] += g * e[j];
+        }
+    }
+}
+static FusedLayer as_fused(const ULayer& l) { FusedLayer f{}; f.K = l.K; f.N = l.N; f.ld = l.ld; f.w = l.w; f.b = l.b; f.pack = l.pack; f.packT = l.packT; return f; }
+static void u_table(const Update& u, const UNet& n, int panel) { Fused f{}; f.l[0] = as_fused(n.l[0]); f.T = u.T; f.E = u.E; f.tail = n.tail; f.emb = u.emb; f.table = n.table; task_biases(f, panel); }
+static void u_emb(const Update& u, const UNet& n) { Fused f{}; f.l[0] = as_fused(n.l[0]); f.T = u.T; f.E = u.E; f.tail = n.tail; f.d_table = n.d_table; f.d_emb = n.d_emb; embeddings(f); }
+
+struct Want { int net, forward, backward; };
+static void u_pack(Update& u, const std::vector<Want>& want) {
+    Type t = u.bf16 ? BF16 : F32; std::vector<Item> todo;
+    for (auto& w : want)
+        for (int i = 0; i < u.nets[w.net].depth; i++) {
+            const ULayer& l = u.nets[w.net].l[i];
+            if (w.forward) for (int p = 0; p * PANEL < l.N; p++) { todo.push_back({0, w.net, i, p}); if (!i) todo.push_back({1, w.net, i, p}); }
+            if (w.backward && l.packT) for (int p = 0; p * PANEL < l.K; p++) todo.push_back({2, w.net, i, p});
+        }
+    parallel(todo.size(), u.threads, [&](int k) {
+        Item& x = todo[k]; const UNet& n = u.nets[x.f]; FusedLayer f = as_fused(n.l[x.i]); int tail = x.i ? 0 : n.tail;
+        if (x.kind == 0) u_pack_forward(f, tail, t, x.at); else if (x.kind == 1) u_table(u, n, x.at); else pack_backward(f, tail, t, x.at);
+    });
+}
+static void u_gradients(Update& u, const std::vector<int>& nets, int blocks) {
+    Type t = u.bf16 ? BF16 : F32; std::vector<Item> todo;
+    for (int k : nets) for (int i = 0; i < u.nets[k].depth; i++) for (int n0 = 0; n0 < u.nets[k].l[i].N; n0 += NT) todo.push_back({0, k, i, n0});
+    parallel(todo.size(), u.threads, [&](int k) { Item& x = todo[k]; u_weights(u, u.nets[x.f], x.i, x.at, t, desk); });
+    parallel(nets.size(), u.threads, [&](int k) {
+        UNet& n = u.nets[nets[k]]; int total = sum_of_widths(n), at = 0;
+        for (int i = 0; i < n.depth; at += n.l[i++].N) {
+            ULayer& l = n.l[i]; float* to[3] = {l.dln_w, l.dln_b, l.db};
+            for (int j = 0; j < 3; j++) if (to[j]) { zeros(to[j], 0, l.N); for (int b = 0; b < blocks; b++) { const float* p = n.sums + (size_t)b * 3 * total + 3 * at + j * l.N; for (int m = 0; m < l.N; m++) to[j][m] += p[m]; } }
+        }
+        if (u.E) u_emb(u, n);
+    });
+}
+static double symlog1(double x) { return x < 0 ? -std::log1p(-x) : std::log1p(x); }
+static double symexp1(double x) { return x < 0 ? -std::expm1(-x) : std::expm1(x); }
+// cross-entropy of logits (padded) against a scalar; d becomes softmax less two-hot
+static float cross_entropy(const float* y, int Np, float x, float* d) {
+    vf m = load(y); for (int n = V; n < Np; n += V) m = vmax(m, load(y + n));
+    float high = highest(m); vf s = splat(0);
+    for (int n = 0; n < Np; n += V) { vf e = vexp(load(y + n) - high); store(d + n, e); s += e; }
+    float total = sum(s), inv = 1 / total; for (int n = 0; n < Np; n += V) store(d + n, load(d + n) * inv);
+    float pos = ((float)std::min(10., std::max(-10., symlog1(x))) + 10.f) / 0.2f; int low = std::min((int)std::floor(pos), 99); float w = pos - low;
+    d[low] -= 1 - w; d[low + 1] -= w;
+    return high + std::log(total) - (1 - w) * y[low] - w * y[low + 1];
+}
+// the scalar that logits stand for; d becomes its gradient
+static float scalar_of(const float* y, int Np, const float* bins, float* d) {
+    vf m = load(y); for (int n = V; n < Np; n += V) m = vmax(m, load(y + n));
+    float high = highest(m); vf s = splat(0), e1 = s;
+    for (int n = 0; n < Np; n += V) { vf e = vexp(load(y + n) - high); if (d) store(d + n, e); s += e; e1 += e * load(bins + n); }
+    float total = sum(s), mean = sum(e1) / total, slope = std::exp(std::fabs(mean)) / total;
+    if (d) for (int n = 0; n < Np; n += V) store(d + n, load(d + n) * (load(bins + n) - mean) * slope);
+    return symexp1(mean);
+}
+static void world_block(Update& u, int k) {
+    Desk& s = desk; s.size(desk_width(u), u.D); Type t = u.bf16 ? BF16 : F32;
+    int b0 = k * BLOCK, rows = std::min(BLOCK, u.B - b0), B = u.B, D = u.D, A = u.A, H = u.H; const int64_t* task = u.task + b0;
+    std::vector<float> act((size_t)rows * A), low(rows); std::vector<double> loss(3 * H, 0.);
+    auto z_of = [&](int h) { return u.zs + ((size_t)h * B + b0) * D; };
+    UNet silent = u.nets[U_ENC]; silent.R = 0;
+    for (int h = 0; h <= H; h++) {
+        take(s, t, rows, u.obs + ((size_t)h * B + b0) * u.O, u.O, nullptr, 0);
+        u_forward(h ? silent : u.nets[U_ENC], t, rows, b0, task, h ? u.next_z + ((size_t)(h - 1) * B + b0) * D : z_of(0), s);
+    }
+    silent = u.nets[U_PI]; silent.R = 0;
+    for (int h = 0; h < H; h++) {
+        const float* z = u.next_z + ((size_t)h * B + b0) * D; size_t at = (size_t)h * B + b0;
+        take(s, t, rows, z, D, nullptr, 0); u_forward(silent, t, rows, 0, task, nullptr, s);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < A; i++) {
+                float m = u.mask[task[r] * A + i], *y = &s.y[(size_t)r * s.W];
+                act[r * A + i] = std::tanh(y[i] * m + std::exp((6.f * std::tanh(y[A + i]) - 4.f) * m) * u.noise[(at + r) * A + i] * m);
+            }
+        take(s, t, rows, z, D, act.data(), A); std::fill(low.begin(), low.end(), INFINITY);
+        for (int j = 0; j < u.num_heads; j++) {
+            u_forward(u.nets[U_Q + u.C + u.heads[j]], t, rows, 0, task, nullptr, s);
+            for (int r = 0; r < rows; r++) { float q = scalar_of(&s.y[(size_t)r * s.W], u.Np, u.bins, nullptr); if (!(q >= low[r]) && low[r] == low[r]) low[r] = q; }  // a NaN stays
+        }
+        for (int r = 0; r < rows; r++) u.target[at + r] = u.reward[at + r] + u.gamma * low[r];
+    }
+    for (int h = 0; h < H; h++) {
+        size_t at = (size_t)h * B + b0; int r0 = h * u.Bs + b0;
+        take(s, t, rows, z_of(h), D, u.action + at * A, A);
+        u_forward(u.nets[U_REW], t, rows, r0, task, nullptr, s);
+        for (int r = 0; r < rows; r++) {
+            const float* y = &s.y[(size_t)r * s.W]; memcpy(u.logits + (at + r) * 101, y, 4 * 101);
+            loss[H + h] += cross_entropy(y, u.Np, u.reward[at + r], u.d_rew + (size_t)(r0 + r) * u.Np);
+        }
+        for (int c = 0; c < u.C; c++) {
+            u_forward(u.nets[U_Q + c], t, rows, r0, task, nullptr, s, u.drop, u.seed + c * 0x85EBCA6Bu, at);
+            for (int r = 0; r < rows; r++) loss[2 * H + h] += cross_entropy(&s.y[(size_t)r * s.W], u.Np, u.target[at + r], u.d_q + ((size_t)c * H * u.Bs + r0 + r) * u.Np);
+        }
+        u_forward(u.nets[U_DYN], t, rows, r0, task, z_of(h + 1), s);
+        const float *z = z_of(h + 1), *n = u.next_z + at * D; vf sum_sq = splat(0);
+        for (int i = 0; i < rows * D; i += V) { vf d = load(z + i) - load(n + i); sum_sq += d * d; }
+        loss[h] += sum(sum_sq);
+    }
+    for (int i = 0; i < 3 * H; i++) u.loss[(size_t)k * 3 * H + i] = loss[i];
+}
+static void clear_sums(Update& u, const std::vector<int>& nets, int k) { for (int i : nets) { UNet& n = u.nets[i]; int w = 3 * sum_of_widths(n); zeros(n.sums + (size_t)k * w, 0, w); } }
+static std::vector<int> world_nets(const Update& u) { std::vector<int> v{U_ENC, U_DYN, U_REW}; for (int c = 0; c < u.C; c++) v.push_back(U_Q + c); return v; }
+static void world_back_block(Update& u, int k) {
+    Desk& s = desk; s.size(desk_width(u), u.D); Type t = u.bf16 ? BF16 : F32; clear_sums(u, world_nets(u), k);
+    int b0 = k * BLOCK, rows = std::min(BLOCK, u.B - b0), B = u.B, D = u.D, H = u.H, W = s.W;
+    auto begin = [&](int h) { if (u.g_zs) memcpy(s.gz.data(), u.g_zs + ((size_t)h * B + b0) * D, 4 * (size_t)rows * D); else zeros(s.gz.data(), 0, rows * D); };
+    auto put = [&] { for (int r = 0; r < rows; r++) memcpy(&s.g[(size_t)r * W], &s.gz[(size_t)r * D], 4 * D); };
+    auto add = [&] { for (int r = 0; r < rows; r++) for (int i = 0; i < D; i += V) store(&s.gz[(size_t)r * D + i], load(&s.gz[(size_t)r * D + i]) + load(&s.g[(size_t)r * W + i])); };
+    begin(H);
+    for (int h = H - 1; h >= 0; h--) {
+        size_t at = (size_t)h * B + b0; int r0 = h * u.Bs + b0; float weight = std::pow(u.rho, (float)h) / ((float)H * B);
+        const float *z = u.zs + (at + B) * D, *n = u.next_z + at * D;
+        for (int i = 0; i < rows * D; i += V) store(&s.gz[i], load(&s.gz[i]) + (2 * u.g_cons * weight / D) * (load(z + i) - load(n + i)));
+        put(); u_backward(u.nets[U_DYN], t, rows, r0, z, 0, D, k, s); begin(h); add();
+        for (int r = 0; r < rows; r++) {
+            float *g = &s.g[(size_t)r * W]; const float *d = u.d_rew + (size_t)(r0 + r) * u.Np, *more = u.g_logits ? u.g_logits + (at + r) * 101 : nullptr;
+            for (int i = 0; i < u.Np; i++) g[i] = u.g_rew * weight * d[i] + (more && i < 101 ? more[i] : 0.f);
+        }
+        u_backward(u.nets[U_REW], t, rows, r0, nullptr, 0, D, k, s); add();
+        for (int c = 0; c < u.C; c++) {
+            for (int r = 0; r < rows; r++) { float *g = &s.g[(size_t)r * W], w = u.g_val * weight / u.C; const float* d = u.d_q + ((size_t)c * H * u.Bs + r0 + r) * u.Np; for (int i = 0; i < u.Np; i += V) store(g + i, w * load(d + i)); }
+            u_backward(u.nets[U_Q + c], t, rows, r0, nullptr, 0, D, k, s, u.drop, u.seed + c * 0x85EBCA6Bu, at); add();
+        }
+    }
+    put(); u_backward(u.nets[U_ENC], t, rows, b0, u.zs + (size_t)b0 * D, 0, 0, k, s);
+}
+static int blocks_of(const Update& u) { return (u.B + BLOCK - 1) / BLOCK; }
+extern "C" void world_forward(Update* u) {
+    std::lock_guard<std::mutex> only(*one_call); std::vector<Want> want{{U_ENC, 1, 1}, {U_DYN, 1, 1}, {U_REW, 1, 1}, {U_PI, 1, 0}};
+    for (int c = 0; c < u->C; c++) want.push_back({U_Q + c, 1, 1});
+    for (int j = 0; j < u->num_heads; j++) want.push_back({U_Q + u->C + u->heads[j], 1, 0});
+    u_pack(*u, want); parallel(blocks_of(*u), u->threads, [&](int k) { world_block(*u, k); });
+}
+extern "C" void world_backward(Update* u) {
+    std::lock_guard<std::mutex> only(*one_call);
+    parallel(blocks_of(*u), u->threads, [&](int k) { world_back_block(*u, k); });
+    u_gradients(*u, world_nets(*u), blocks_of(*u));
+}
+// the policy's own loss: its nets are the policy, kept, and the chosen heads, of which no weights' gradients are wanted
+static void policy_block(Update& u, int k) {
+    Desk& s = desk; s.size(desk_width(u), u.D); Type t = u.bf16 ? BF16 : F32;
+    int b0 = k * BLOCK, rows = std::min(BLOCK, u.B - b0), B = u.B, D = u.D, A = u.A; const int64_t* task = u.task + b0;
+    for (int h = 0; h <= u.H; h++) {
+        size_t at = (size_t)h * B + b0; int r0 = h * u.Bs + b0; const float* z = u.zs + at * D;
+        take(s, t, rows, z, D, nullptr, 0); u_forward(u.nets[U_PI], t, rows, r0, task, nullptr, s);
+        for (int r = 0; r < rows; r++) {
+            float *raw = u.pi_raw + (size_t)(r0 + r) * 2 * A, *a = u.pi_a + (size_t)(r0 + r) * A, gauss = 0, squash = 0, count = 0; memcpy(raw, &s.y[(size_t)r * s.W], 8 * A);
+            for (int i = 0; i < A; i++) {
+                float m = u.mask[task[r] * A + i], e = u.noise[(at + r) * A + i] * m, ls = (6.f * std::tanh(raw[A + i]) - 4.f) * m;
+                a[i] = std::tanh(raw[i] * m + e * std::exp(ls)); gauss += -0.5f * e * e - ls; count += m;
+                squash += std::log(std::max(0.f, 1 - a[i] * a[i]) + 1e-6f);
+            }
+            u.logp[at + r] = (gauss - 0.91893853f) * count - squash; u.q[at + r] = 0;
+        }
+        take(s, t, rows, z, D, u.pi_a + (size_t)r0 * A, A);
+        for (int j = 0; j < u.num_heads; j++) {
+            u_forward(u.nets[U_Q + 2 * u.C + j], t, rows, r0, task, nullptr, s, u.drop, u.seed + u.heads[j] * 0x85EBCA6Bu, at);
+            for (int r = 0; r < rows; r++) u.q[at + r] += scalar_of(&s.y[(size_t)r * s.W], u.Np, u.bins, u.d_q + ((size_t)j * (u.H + 1) * u.Bs + r0 + r) * u.Np) / u.num_heads;
+        }
+    }
+}
+static void policy_back_block(Update& u, int k) {
+    Desk& s = desk; s.size(desk_width(u), u.D); Type t = u.bf16 ? BF16 : F32; clear_sums(u, {U_PI}, k);
+    int b0 = k * BLOCK, rows = std::min(BLOCK, u.B - b0), B = u.B, D = u.D, A = u.A, W = s.W; const int64_t* task = u.task + b0; std::vector<float> da((size_t)rows * A);
+    for (int h = 0; h <= u.H; h++) {
+        size_t at = (size_t)h * B + b0; int r0 = h * u.Bs + b0; float weight = u.g_pi * std::pow(u.rho, (float)h) / ((float)(u.H + 1) * B);
+        std::fill(da.begin(), da.end(), 0.f);
+        for (int j = 0; j < u.num_heads; j++) {
+            float w = -weight / u.scale / u.num_heads;
+            for (int r = 0; r < rows; r++) { float* g = &s.g[(size_t)r * W]; const float* d = u.d_q + ((size_t)j * (u.H + 1) * u.Bs + r0 + r) * u.Np; for (int i = 0; i < u.Np; i += V) store(g + i, w * load(d + i)); }
+            u_backward(u.nets[U_Q + 2 * u.C + j], t, rows, r0, nullptr, D, D + A, -1, s, u.drop, u.seed + u.heads[j] * 0x85EBCA6Bu, at);
+            for (int r = 0; r < rows; r++) for (int i = 0; i < A; i++) da[r * A + i] += s.g[(size_t)r * W + D + i];
+        }
+        for (int r = 0; r < rows; r++) {
+            const float *raw = u.pi_raw + (size_t)(r0 + r) * 2 * A, *a = u.pi_a + (size_t)(r0 + r) * A; float *g = &s.g[(size_t)r * W], lp = weight * u.entropy, count = 0;
+            for (int i = 0; i < A; i++) count += u.mask[task[r] * A + i];
+            for (int i = 0; i < A; i++) {
+                float m = u.mask[task[r] * A + i], e = u.noise[(at + r) * A + i] * m, th = std::tanh(raw[A + i]), ls = (6.f * th - 4.f) * m, open = 1 - a[i] * a[i];
+                float d = da[r * A + i] + (open > 0 ? lp * 2 * a[i] / (open + 1e-6f) : 0.f), du = d * open;
+                g[i] = du * m; g[A + i] = (du * e * std::exp(ls) - lp * count) * m * 6.f * (1 - th * th);
+            }
+        }
+        u_backward(u.nets[U_PI], t, rows, r0, nullptr, 0, 0, k, s);
+    }
+}
+extern "C" void policy_forward(Update* u) {
+    std::lock_guard<std::mutex> only(*one_call); std::vector<Want> want{{U_PI, 1, 1}};
+    for (int j = 0; j < u->num_heads; j++) {
+        UNet &slot = u->nets[U_Q + 2 * u->C + j], old = slot; slot = u->nets[U_Q + u->heads[j]]; slot.R = (u->H + 1) * u->Bs;
+        for (int i = 0; i < slot.depth; i++) { slot.l[i].h = slot.l[i].dy = nullptr; slot.l[i].xhat = old.l[i].xhat; slot.l[i].rstd = old.l[i].rstd; }
+        want.push_back({U_Q + 2 * u->C + j, 1, 1});
+    }
+    u_pack(*u, want); parallel(blocks_of(*u), u->threads, [&](int k) { policy_block(*u, k); });
+}
+extern "C" void policy_backward(Update* u) {
+    std::lock_guard<std::mutex> only(*one_call);
+    parallel(blocks_of(*u), u->threads, [&](int k) { policy_back_block(*u, k); });
+    u_gradients(*u, {U_PI}, blocks_of(*u));
+}
+extern "C" int update_size() { return sizeof(Update) * 1000000 + sizeof(UNet) * 1000 + sizeof(ULayer); }
+// Adam (PyTorch's arithmetic) on many tensors, and the sum of their squares; pieces of PIECE entries, so that sums have a fixed order
+struct Moved { float *p, *m, *v; const float* g; int64_t n; float rate, eps, root; };  // rate: over the first moment's correction; root: of the second's
+constexpr int PIECE = 8192;
+template <class F> static void pieces(int count, const int64_t* n, int threads, F f) {
+    std::vector<std::pair<int, int64_t>> at; for (int i = 0; i < count; i++) for (int64_t k = 0; k < n[i]; k += PIECE) at.push_back({i, k});
+    parallel(at.size(), threads, [&](int j) { f(j, at[j].first, at[j].second, std::min<int64_t>(n[at[j].first], at[j].second + PIECE)); });
+}
+extern "C" void adam(Moved* x, int count, float b1, float b2, int threads) {
+    std::lock_guard<std::mutex> only(*one_call); std::vector<int64_t> n; for (int i = 0; i < count; i++) n.push_back(x[i].n);
+    pieces(count, n.data(), threads, [&](int, int i, int64_t from, int64_t to) {
+        const Moved& t = x[i]; float c1 = 1 - b1, c2 = 1 - b2, inv = 1 / t.root; int64_t k = from;
+        for (; k + V <= to; k += V) {
+            vf g = load(t.g + k), m = load(t.m + k), v = load(t.v + k), r;
+            m += (g - m) * c1; v = v * b2 + g * g * c2; store(t.m + k, m); store(t.v + k, v);
+#ifdef __AVX512F__
+            r = (vf)_mm512_sqrt_ps((__m512)v);
+#else
+            for (int j = 0; j < V; j++) r[j] = std::sqrt(v[j]);
+#endif
+            store(t.p + k, load(t.p + k) - t.rate * m / (r * inv + t.eps));
+        }
+        for (; k < to; k++) {
+            float g = t.g[k], m = t.m[k] + (g - t.m[k]) * c1, v = t.v[k] * b2 + g * g * c2;
+            t.m[k] = m; t.v[k] = v; t.p[k] -= t.rate * m / (std::sqrt(v) * inv + t.eps);
+        }
+    });
+}
+extern "C" double sum_of_squares(const float** x, const int64_t* n, int count, int threads) {
+    std::lock_guard<std::mutex> only(*one_call); int total = 0; for (int i = 0; i < count; i++) total += (n[i] + PIECE - 1) / PIECE;
+    std::vector<double> part(total);
+    pieces(count, n, threads, [&](int j, int i, int64_t from, int64_t to) {
+        const float* p = x[i]; vf a = splat(0), b = a; float rest = 0; int64_t k = from;
+        for (; k + 2 * V <= to; k += 2 * V) { vf y = load(p + k), z = load(p + k + V); a += y * y; b += z * z; }
+        for (; k < to; k++) rest += p[k] * p[k];
+        part[j] = (double)sum(a + b) + rest;
+    });
+    double s = 0; for (double p : part) s += p; return s;
+}
+"""
+
 # %% ../nbs/05_kernels.ipynb #42334048
 FLAGS = ("-O3", "-march=native", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-std=c++17", "-shared", "-fPIC", "-pthread")
-SOURCE = _VECTORS + _LAYERS + _PRODUCTS + _ROWS + _THREADS + _NET + _ASK + _TRAIN
+SOURCE = _VECTORS + _LAYERS + _PRODUCTS + _ROWS + _THREADS + _NET + _ASK + _TRAIN + _UPDATE
 
 def cache_dir() -> Path:
     "Where compiled kernels are kept."
@@ -849,6 +1320,9 @@ class Kernels:
         self.lib.net_free.argtypes = [ctypes.c_void_p]
         self.lib.linear.argtypes = [ctypes.c_int] * 6 + [ctypes.c_void_p] * 4 + [ctypes.c_int]
         for f in (self.lib.fused_forward, self.lib.fused_backward): f.argtypes = [ctypes.c_void_p] + [ctypes.c_int] * 3
+        for f in (self.lib.world_forward, self.lib.world_backward, self.lib.policy_forward, self.lib.policy_backward): f.argtypes = [ctypes.c_void_p]
+        self.lib.adam.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_int]
+        self.lib.sum_of_squares.restype, self.lib.sum_of_squares.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self.lib.map_floats.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 
     def __repr__(self): return f"Kernels({self.lanes} lanes" + ", bfloat16" * self.bfloat16 + ", int8" * self.int8 + ")"
