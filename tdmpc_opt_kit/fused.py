@@ -27,7 +27,7 @@ def _struct(name:str, *fields): # (type, names)
 _ULayer = _struct("_ULayer", (_I, "K N ld"), (_P, "w b ln_w ln_b dw db dln_w dln_b pack packT h dy xhat rstd"))
 _UNet = _struct("_UNet", (_I, "depth tail R logits shares"), (_ULayer * 8, ["l"][0]), (_P, "table d_table d_emb sums"))
 _Update = _struct("_Update", (_I, "B Bs H O D A C T E threads bf16"), (_I * 2, "heads"), (_I, "num_heads Np"), (_F, "gamma rho drop"), (ctypes.c_uint32, "seed"),
-    (_P, "nets emb mask bins task obs action reward noise next_z target zs logits loss d_rew d_q"), (_F, "g_cons g_rew g_val"), (_P, "g_zs g_logits q logp pi_raw pi_a"), (_F, "g_pi entropy scale"))
+    (_P, "nets emb mask bins task obs action reward noise next_z target zs logits loss"), (_F * 3, "losses"), (_P, "d_rew d_q"), (_F, "g_cons g_rew g_val"), (_P, "g_zs g_logits q logp pi_raw pi_a"), (_F, "g_pi entropy scale"))
 
 _PANEL, _TILE, _BLOCK, _LOGITS = 32, 48, 32, 128
 
@@ -58,9 +58,8 @@ class Program:
         self.model, self.B, self.H, self.bf16, c = model, batch_size, horizon, bf16, model.cfg
         self.lib, T = kernels().lib, len(model.action_mask)
         nets = [_layers(m) for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head)] + _heads(model) + _stack(model.target_q_heads, c.num_q)
-        self.pointers = self._pointers()
         own = [(n, p) for n, p in model.named_parameters() if not n.startswith("target_")]
-        self.named = own
+        self.named, self.held = own, [(p, p.data_ptr()) for _, p in own]
         self.flat = torch.empty(sum(p.numel() for _, p in own), device="cpu")
         self.grads = dict(zip((n for n, _ in own), (g.view(p.shape) for g, (_, p) in zip(self.flat.split([p.numel() for _, p in own]), own))))
         self.nets, self.update = (_UNet * (len(nets) + 2))(), _Update()
@@ -75,12 +74,9 @@ def _stack(ensemble, num:int) -> list:
     return [[tuple(None if t is None else t[k] for t in l) for l in stacked] for k in range(num)]
 
 @patch
-def _pointers(self:Program) -> list: return [p.data_ptr() for p in self.model.parameters()]
-
-@patch
 def current(self:Program) -> bool:
-    "Do the model's parameters still lie where they lay?"
-    return self.pointers == self._pointers()
+    "Are the model's parameters still where they were, and trained?"
+    return kernels() is not None and all(p.data_ptr() == at and p.requires_grad for p, at in self.held)
 
 @patch
 def _grad_layers(self:Program) -> list:
@@ -200,11 +196,8 @@ def run_world(self:Program) -> tuple:
     self.zs, logits = torch.empty(H + 1, B, c.latent_dim, device="cpu"), torch.empty(H, B, NUM_BINS, device="cpu")
     u.zs, u.logits = self.zs.data_ptr(), logits.data_ptr()
     self.lib.world_forward(ctypes.byref(u))
-    blocks = -(-B // _BLOCK)
-    part = self._view(u.loss, blocks, 3, H).double().sum(0)
-    weights = u.rho ** torch.arange(H, dtype=torch.float64, device="cpu") / (H * B)
-    loss = ((part * weights).sum(1) / torch.tensor([c.latent_dim, 1, c.num_q])).float()
-    return loss[0].clone(), loss[1].clone(), loss[2].clone(), self.zs, logits
+    loss = torch.tensor(list(u.losses), device="cpu")
+    return *loss.unbind(), self.zs, logits
 
 @patch
 def _view(self:Program, pointer:int, *shape) -> Tensor:
@@ -267,10 +260,10 @@ def policy_backward(self:Program,
 # %% ../nbs/19_fused.ipynb #19f00011
 def total_norm(
     tensors, # float32 on the CPU, contiguous
-) -> Tensor: # Scalar
+) -> Tensor:  # Scalar
     "The norm of many tensors together."
-    n = len(tensors)
-    s = kernels().lib.sum_of_squares((_P * n)(*[t.data_ptr() for t in tensors]), (ctypes.c_int64 * n)(*[t.numel() for t in tensors]), n, torch.get_num_threads())
+    at, size, n = [t.data_ptr() for t in tensors], [t.numel() for t in tensors], len(tensors)
+    s = kernels().lib.sum_of_squares((_P * n)(*at), (ctypes.c_int64 * n)(*size), n, torch.get_num_threads())
     return torch.tensor(s**0.5, dtype=torch.float32, device="cpu")
 
 _Moved = _struct("_Moved", (_P, "p m v g"), (ctypes.c_int64, "n"), (_F, "rate eps root"))
@@ -295,7 +288,7 @@ def adam_step(
                 if p.grad is None: continue
                 s = opt.state[p]
                 if not s: s.update(step=torch.zeros((), device="cpu"), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                t, grad = int(s["step"]) + 1, p.grad.contiguous()
+                t, grad = int(s["step"]) + 1, p.grad if p.grad.is_contiguous() else p.grad.contiguous()
                 rows.append((p.data_ptr(), s["exp_avg"].data_ptr(), s["exp_avg_sq"].data_ptr(), grad.data_ptr(), p.numel(), g["lr"] / (1 - b1**t), g["eps"], (1 - b2**t)**0.5))
                 params.append((p, s["step"], grad))
         if not rows: continue

@@ -798,7 +798,7 @@ struct Update {
     const float *emb, *mask, *bins;
     const int64_t* task; const float *obs, *action, *reward, *noise;  // [B], [H+1, B, O], [H, B, A], [H, B], of the policy [H (+ 1), B, A]
     float *next_z, *target, *zs, *logits, *loss;     // [H, B, D], [H, B], [H+1, B, D], [H, B, 101], by block [blocks, 3, H]
-    float *d_rew, *d_q;                              // softmax less two-hot [H * Bs, Np], [C, H * Bs, Np]
+    float losses[3]; float *d_rew, *d_q;                              // softmax less two-hot [H * Bs, Np], [C, H * Bs, Np]
     float g_cons, g_rew, g_val; const float *g_zs, *g_logits;         // gradients of the losses; of zs and logits, or null
     float *q, *logp, *pi_raw, *pi_a, g_pi, entropy, scale;            // [H+1, B] twice, [(H+1) * Bs, 2A], [(H+1) * Bs, A]
 };
@@ -879,6 +879,14 @@ static void u_pack_forward(const FusedLayer& l, int tail, Type t, int panel) {
         }
     }
 }
+static void u_pack_backward(const FusedLayer& l, int tail, Type t, int panel) {  // `pack_backward`, whole vectors where they are
+    int per = per_word(t), Nw = up(l.N, per) / per, head = l.K - tail; int32_t* to = l.packT + (size_t)panel * Nw * PANEL;
+    for (int v = 0; v < 2; v++) {
+        int k = panel * PANEL + v * V; bool whole = k + V <= head;
+        auto row = [&](int n) { if (n >= l.N || k >= l.K) return splat(0); if (whole) return load(l.w + (size_t)n * l.ld + k); vf x = splat(0); for (int j = 0; j < V && k + j < l.K; j++) x[j] = *column(l, tail, n, k + j); return x; };
+        for (int n = 0; n < Nw; n++) if (t == F32) store((float*)to + n * PANEL + v * V, row(n)); else put_pairs(to + n * PANEL + v * V, row(2 * n), row(2 * n + 1));
+    }
+}
 static int words_of(Type t, int R) { return t == F32 ? R : (R + 1) / 2; }
 // x and, behind it, y as input of the nets that follow
 static void take(Desk& s, Type t, int rows, const float* x, int nx, const float* y, int ny) {
@@ -922,6 +930,7 @@ static void u_forward(const UNet& n, Type t, int rows, int r0, const int64_t* ta
         if (n.R && n.l[i + 1].h) keep_rows<PANEL>(t, x, W, rows, l.N, n.l[i + 1].h, Rw, r0);
     }
 }
+static inline vf mish_slope(vf u) { vf e = exp_up_to_88(vmin(splat(20.f), u)), m = e * (e + 2.f), q = inverse(m + 2.f); return m * q + 4.f * u * e * (e + 1.f) * (q * q); }
 // the gradient g of a row behind LayerNorm and activation becomes its product's
 static void u_back_row(const ULayer& l, bool last, size_t at, const float* z, float* g, float* d_w, float* d_b, bool first, float drop, uint32_t seed, uint32_t number) {
     const float* xh = l.xhat + at * l.N; vf sg = splat(0), sx = sg;
@@ -929,8 +938,8 @@ static void u_back_row(const ULayer& l, bool last, size_t at, const float* z, fl
         vf x = load(xh + n), w = load(l.ln_w + n), d;
         if (last) { vf p = load(z + n), dz = load(g + n); d = p * (dz - sum8(p * dz)); }
         else {
-            vf u = x * w + load(l.ln_b + n), e = exp_up_to_88(vmin(splat(20.f), u)), m = e * (e + 2.f), q = inverse(m + 2.f);
-            d = load(g + n) * (m * q + 4.f * u * e * (e + 1.f) * (q * q));
+            vf u = x * w + load(l.ln_b + n);
+            d = load(g + n) * mish_slope(u);
         }
         if (d_w) { store(d_w + n, load(d_w + n) + d * x); store(d_b + n, load(d_b + n) + d); }
         d = d * w; store(g + n, d); sg += d; sx += d * x;
@@ -1028,7 +1037,7 @@ static void u_pack(Update& u, const std::vector<Want>& want) {
         }
     parallel(todo.size(), u.threads, [&](int k) {
         Item& x = todo[k]; const UNet& n = u.nets[x.f]; FusedLayer f = as_fused(n.l[x.i]); int tail = x.i ? 0 : n.tail;
-        if (x.kind == 0) u_pack_forward(f, tail, t, x.at); else if (x.kind == 1) u_table(u, n, x.at); else pack_backward(f, tail, t, x.at);
+        if (x.kind == 0) u_pack_forward(f, tail, t, x.at); else if (x.kind == 1) u_table(u, n, x.at); else u_pack_backward(f, tail, t, x.at);
     });
 }
 static void u_gradients(Update& u, const std::vector<int>& nets, int blocks) {
@@ -1142,6 +1151,11 @@ extern "C" void world_forward(Update* u) {
     for (int c = 0; c < u->C; c++) want.push_back({U_Q + c, 1, 1});
     for (int j = 0; j < u->num_heads; j++) want.push_back({U_Q + u->C + u->heads[j], 1, 0});
     u_pack(*u, want); parallel(blocks_of(*u), u->threads, [&](int k) { world_block(*u, k); });
+    double over[3] = {(double)u->D, 1, (double)u->C};
+    for (int j = 0; j < 3; j++) {
+        double s = 0; for (int h = 0; h < u->H; h++) { double t = 0; for (int k = 0; k < blocks_of(*u); k++) t += u->loss[((size_t)k * 3 + j) * u->H + h]; s += t * std::pow((double)u->rho, h); }
+        u->losses[j] = s / ((double)u->H * u->B * over[j]);
+    }
 }
 extern "C" void world_backward(Update* u) {
     std::lock_guard<std::mutex> only(*one_call);

@@ -106,9 +106,10 @@ def world_losses(self:Learner,
 @patch
 def _program(self:Learner, batch):
     "The kernels' half of an update of this batch; None where PyTorch has to do it."
-    if self.device.type != "cpu" or plain_layers_on() or not fusable(self.model): return None
+    if self.device.type != "cpu" or plain_layers_on(): return None
     old, key = self.program, (batch.action.shape[1], len(batch.action), self.cfg.precision == "bfloat16")
-    return old if old is not None and (old.B, old.H, old.bf16) == key and old.current() else Program(self.model, *key)
+    if old is not None and (old.B, old.H, old.bf16) == key and old.current(): return old
+    return Program(self.model, *key) if fusable(self.model) else None
 
 @patch
 def _noise(self:Learner, shape, noise=None) -> Tensor:
