@@ -1231,10 +1231,10 @@ template <class F> static void pieces(int count, const int64_t* n, int threads, 
     std::vector<std::pair<int, int64_t>> at; for (int i = 0; i < count; i++) for (int64_t k = 0; k < n[i]; k += PIECE) at.push_back({i, k});
     parallel(at.size(), threads, [&](int j) { f(j, at[j].first, at[j].second, std::min<int64_t>(n[at[j].first], at[j].second + PIECE)); });
 }
-extern "C" void adam(Moved* x, int count, float b1, float b2, int threads) {
+extern "C" void adam(Moved* x, int count, double beta1, double beta2, int threads) {
     std::lock_guard<std::mutex> only(*one_call); std::vector<int64_t> n; for (int i = 0; i < count; i++) n.push_back(x[i].n);
     pieces(count, n.data(), threads, [&](int, int i, int64_t from, int64_t to) {
-        const Moved& t = x[i]; float c1 = 1 - b1, c2 = 1 - b2, inv = 1 / t.root; int64_t k = from;
+        const Moved& t = x[i]; float b2 = beta2, c1 = 1 - beta1, c2 = 1 - beta2, inv = 1 / t.root; int64_t k = from;
         for (; k + V <= to; k += V) {
             vf g = load(t.g + k), m = load(t.m + k), v = load(t.v + k), r;
             m += (g - m) * c1; v = v * b2 + g * g * c2; store(t.m + k, m); store(t.v + k, v);
@@ -1335,7 +1335,7 @@ class Kernels:
         self.lib.linear.argtypes = [ctypes.c_int] * 6 + [ctypes.c_void_p] * 4 + [ctypes.c_int]
         for f in (self.lib.fused_forward, self.lib.fused_backward): f.argtypes = [ctypes.c_void_p] + [ctypes.c_int] * 3
         for f in (self.lib.world_forward, self.lib.world_backward, self.lib.policy_forward, self.lib.policy_backward): f.argtypes = [ctypes.c_void_p]
-        self.lib.adam.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_int]
+        self.lib.adam.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_double, ctypes.c_double, ctypes.c_int]
         self.lib.sum_of_squares.restype, self.lib.sum_of_squares.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self.lib.map_floats.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 
