@@ -41,19 +41,17 @@ class Rows(NamedTuple):
     reward:np.ndarray # `[rows]`, NaN in the first row of an episode
 
 # %% ../nbs/06_data.ipynb #b603d4fa
-def _flat(
+def _episodes(
     x,          # `[E, R, ...]`, or a list of `[R, ...]`
     what:str,   # "walker-walk: obs", for messages
     width:int,  # Entries in a row, 0 for a reward without an axis of its own
-) -> tuple:     # `[rows, width]` or `[rows]`, and the lengths `[E]`
-    "Episodes one after the other."
-    ndim, whole = (2 if width else 1), isinstance(x, np.ndarray)
-    episodes = [x[0]] if whole else [np.asarray(e) for e in x]  # An array's episodes have one shape
-    for e in episodes:
-        if e.ndim != ndim or (width and e.shape[1] != width):
-            raise ConfigError(f"{what}: an episode has shape {list(e.shape)}, expected [rows{f', {width}' if width else ''}].")
-    if whole: return x.reshape(-1, *x.shape[2:]), np.full(len(x), x.shape[1])
-    return np.concatenate(episodes), np.array([len(e) for e in episodes])
+) -> list:      # Of `[R, width]` or `[R]`
+    "Episodes one by one, each of the shape that it should have."
+    ndim, episodes = (2 if width else 1), list(x) if isinstance(x, np.ndarray) else [np.asarray(e) for e in x]
+    for e in episodes[:1] if isinstance(x, np.ndarray) else episodes:  # An array's episodes have one shape
+        if np.ndim(e) != ndim or (width and e.shape[1] != width):
+            raise ConfigError(f"{what}: an episode has shape {list(np.shape(e))}, expected [rows{f', {width}' if width else ''}].")
+    return episodes
 
 # %% ../nbs/06_data.ipynb #c92fe29e
 def pack_rows(
@@ -65,19 +63,18 @@ def pack_rows(
 ) -> tuple:     # Rows `[R, obs_dim + action_dim + 1]` and their `EPISODE` table, starts counted from 0
     "Episodes as a store keeps them; raises `ConfigError` naming task, field and episode."
     if len(obs) == 0: raise ConfigError(f"{task.name}: no episodes were given.")
-    fields = dict(obs=_flat(obs, f"{task.name}: obs", task.obs_dim), action=_flat(action, f"{task.name}: action", task.action_dim),
-                  reward=_flat(reward, f"{task.name}: reward", 0))
-    lengths = fields["obs"][1]
-    for name, (_, n) in fields.items():
-        if len(n) != len(lengths) or (n != lengths).any(): raise ConfigError(f"{task.name}: {name} and obs differ in the number or length of episodes.")
+    d, widths = task.obs_dim, dict(obs=task.obs_dim, action=task.action_dim, reward=0)
+    fields = {f: _episodes(x, f"{task.name}: {f}", widths[f]) for f, x in zip(widths, (obs, action, reward))}
+    lengths = np.array([len(e) for e in fields["obs"]])
+    for f, x in fields.items():
+        if [len(e) for e in x] != lengths.tolist(): raise ConfigError(f"{task.name}: {f} and obs differ in the number or length of episodes.")
     if lengths.min() < 2: raise ConfigError(f"{task.name}: an episode needs at least two rows, one of the given ones has {lengths.min()}.")
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    rows = np.empty((lengths.sum(), task.obs_dim + task.action_dim + 1), dtype)
-    with np.errstate(over="ignore"):
-        rows[:, :task.obs_dim], rows[:, task.obs_dim:-1], rows[:, -1] = (fields[f][0] for f in ("obs", "action", "reward"))
+    rows = np.empty((lengths.sum(), d + task.action_dim + 1), dtype)
+    with np.errstate(over="ignore"):  # Straight to their places: each number is copied once
+        for f, out in dict(obs=rows[:, :d], action=rows[:, d:-1], reward=rows[:, -1]).items(): np.concatenate(fields[f], out=out, casting="unsafe")
     _check_rows(task, rows, starts)
-    table = np.zeros(len(lengths), EPISODE)
-    first = np.asarray(fields["reward"][0], np.float64).copy()
+    table, first = np.zeros(len(lengths), EPISODE), np.concatenate(fields["reward"], dtype=np.float64, casting="unsafe")
     first[starts] = 0
     table["start"], table["length"], table["return"] = starts, lengths, np.add.reduceat(first, starts)
     table["crc"] = [zlib.crc32(rows[s:s + n]) for s, n in zip(starts.tolist(), lengths.tolist())]
@@ -93,12 +90,13 @@ def _check_rows(
     d, name = task.obs_dim, dict(enumerate(["obs"] * task.obs_dim + ["action"] * task.action_dim + ["reward"]))
     if not np.isnan(rows[starts, d:]).all():
         raise ConfigError(f"{task.name}: row 0 of an episode holds the first observation only; its action and reward must be NaN.")
-    bad = ~np.isfinite(rows)
-    bad[starts, d:] = False
-    if not bad.any(): return
-    r, c = np.argwhere(bad)[0]
+    half = rows.dtype == np.float16  # NumPy's own test of half precision takes one number at a time
+    good = (rows.view(np.uint16) & 0x7c00) != 0x7c00 if half else np.isfinite(rows)
+    good[starts, d:] = True
+    if good.all(): return
+    r, c = np.argwhere(~good)[0]
     e = int(np.searchsorted(starts, r, "right")) - 1
-    hint = " float16 ends at 65504; a float32 store takes more." if rows.dtype == np.float16 and np.isinf(rows[r, c]) else ""
+    hint = " float16 ends at 65504; a float32 store takes more." if half and np.isinf(rows[r, c]) else ""
     raise ConfigError(f"{task.name}: {name[int(c)]} is {rows[r, c]} in row {r - starts[e]} of episode {e}.{hint}")
 
 # %% ../nbs/06_data.ipynb #5c0baf6e
@@ -467,7 +465,7 @@ def _index_slices(self:Sampler):
     for s, c in zip(self.specs, counts):
         if not c.any(): raise ConfigError(f"{self.store.path}: no episode of {s.name} has the {self.horizon + 1} rows of a slice with horizon {self.horizon}.")
     self._cum = np.concatenate([[0], np.cumsum(np.concatenate(counts))])                 # [E+1] slices before each episode
-    self._start = np.concatenate([t["start"] for t in tables])                           # [E] the episode's first row
+    self._shift = self._cum[:-1] - np.concatenate([t["start"] for t in tables])          # [E] from a slice's number to its first row
     self._bounds = self._cum[np.concatenate([[0], np.cumsum([len(t) for t in tables])])] # [tasks+1] slices before each task
     self._count = np.diff(self._bounds)
     self._task = np.array([s.index for s in self.specs])
@@ -485,7 +483,7 @@ def draw(self:Sampler,
         j = self.rng.integers(0, len(self.specs), b)
         k = self._bounds[j] + self.rng.integers(0, self._count[j])
     e = np.searchsorted(self._cum, k, "right") - 1
-    return j, self._start[e] + k - self._cum[e]
+    return j, k - self._shift[e]
 
 # %% ../nbs/06_data.ipynb #b5d197ab
 @patch
@@ -908,7 +906,14 @@ def read(self:ChunkArray,
 ) -> np.ndarray:    # `[n, ...]` in memory
     "A copy of some episodes."
     part = self._replace(first=self.first + i * self.strides[0], shape=(n, *self.shape[1:]))
-    out = np.empty(part.shape, self.dtype)
+    out, s = np.empty(part.shape, self.dtype), self.storage
+    dense = all(m == 1 or k == int(np.prod(part.shape[d + 1:])) for d, (m, k) in enumerate(zip(part.shape, part.strides)))
+    if dense and s.dtype == out.dtype:  # Straight to where it is wanted
+        with open(s.path, "rb", buffering=0) as f:
+            f.seek(s.offset + part.first * out.itemsize)
+            view = memoryview(out.reshape(-1).view(np.uint8))
+            while len(view) and (got := f.readinto(view)): view = view[got:]
+            if not len(view): return out
     def fill(out, a):
         axis = max(range(len(a.shape)), key=lambda d: (a.shape[d] > 1) * a.strides[d])
         if a.shape[axis] < 2 or sum((m - 1) * k for m, k in zip(a.shape, a.strides)) * a.storage.dtype.itemsize <= _SPAN:
@@ -982,7 +987,7 @@ def _chunk_parts(
     for t in np.unique(part["task"]).tolist():
         s, at = MT30[t], np.flatnonzero(part["task"] == t)
         if part["obs"][at, 1, s.obs_dim:].any(): raise ConfigError(f"{chunk.path}: episode {i + int(at[0])} or a later one of {s.name} has values beyond its {s.obs_dim} entries; is this an MT30 chunk?")
-        out[s.name] = part["obs"][at, :, :s.obs_dim], part["action"][at, :, :s.action_dim], part["reward"][at], i + at
+        out[s.name] = [part["obs"][e, :, :s.obs_dim] for e in at], [part["action"][e, :, :s.action_dim] for e in at], [part["reward"][e] for e in at], i + at
     return out
 
 # %% ../nbs/06_data.ipynb #3426d58b
