@@ -468,6 +468,8 @@ def _index_slices(self:Sampler):
     self._shift = self._cum[:-1] - np.concatenate([t["start"] for t in tables])          # [E] from a slice's number to its first row
     self._bounds = self._cum[np.concatenate([[0], np.cumsum([len(t) for t in tables])])] # [tasks+1] slices before each task
     self._count = np.diff(self._bounds)
+    first = int(self._cum[1])
+    self._same = first if first and (np.diff(self._cum) == first).all() else None        # Slices of an episode, if all have as many
     self._task = np.array([s.index for s in self.specs])
 
 @patch
@@ -482,7 +484,7 @@ def draw(self:Sampler,
     else:
         j = self.rng.integers(0, len(self.specs), b)
         k = self._bounds[j] + self.rng.integers(0, self._count[j])
-    e = np.searchsorted(self._cum, k, "right") - 1
+    e = k // self._same if self._same else np.searchsorted(self._cum, k, "right") - 1
     return j, k - self._shift[e]
 
 # %% ../nbs/06_data.ipynb #b5d197ab
