@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Timing', 'paired', 'ceilings', 'plan_flops', 'update_flops', 'PlainRollouts', 'PlainModel', 'reference_baseline',
            'bench_plan', 'bench_policy', 'random_batch', 'bench_update', 'bench_teacher', 'synthetic_store',
-           'bench_sampler', 'memory_mb', 'table']
+           'resident_mb', 'memory_mb', 'apart', 'sample_stores', 'bench_sampler', 'synthetic_chunk', 'convert_once',
+           'bench_convert', 'table']
 
 # %% ../nbs/42_benchmark.ipynb #ed9b806c
-import contextlib, copy, importlib.util, os, resource, statistics, sys, time
+import contextlib, copy, importlib.util, json, os, resource, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from torch.nn import functional as F
 
 from .agent import make_agent
 from .config import ConfigError
-from .data import Batch, Sampler, Store, pack_rows
+from .data import Batch, Sampler, Store, convert_chunks
 from .distill import reward_distill_loss
 from .kernels import PRECISIONS, kernels
 from .layers import plain_layers
 from .planner import Imagination, PlanConfig, PlanState, Rollouts, draw_noise, plan
-from .tasks import MAX_ACTION, MAX_OBS, MT30
+from .tasks import ACTION_DIMS, EPISODE_LENGTH, MAX_ACTION, MAX_OBS, MT30, OBS_DIMS
 from .train import Learner, TrainConfig
 from .twohot import NUM_BINS, from_two_hot
 from .world_model import SIZES, WorldModel, model_size
@@ -266,30 +267,157 @@ def synthetic_store(
     (path/"synthetic").write_text(str(rows))
     return store
 
-def bench_sampler(
-    store:Store,
-    batch_size:int=256,
-    turns:int=300,
-    warm:int=2000,       # Draws before, so that the pages lie in memory
-) -> list:               # Rows
-    "A batch of slices of 4 rows, from files and, where they fit, from memory."
-    calls = {"from files": Sampler(store, batch_size=batch_size, preload=False).sample}
-    t = paired(calls, turns, warm)
-    total = sum(store.num_rows(s) for s in store.tasks)
-    return [_row(f"{batch_size} slices of 4 rows {n}, {total / 1e6:.1f} million rows", t[n]) for n in calls]
+# %% ../nbs/42_benchmark.ipynb #3e6f20bb
+def _status(key:str) -> float|None:
+    "An entry of this process's status in megabytes (Linux; None elsewhere)."
+    try: return next(int(l.split()[1]) / 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key + ":"))
+    except (OSError, StopIteration): return None
+
+def resident_mb() -> float|None:
+    "Memory of this process that is in use now, PyTorch and mapped files included, in megabytes (Linux; None elsewhere)."
+    return _status("VmRSS")
 
 def memory_mb() -> float:
     "The most memory that this process has had, in megabytes."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)  # The latter starts with what the parent had
+
+def apart(
+    name:str, # A function of this module
+    **args,   # Its arguments, plain values
+):            # What it gives, as plain values
+    "Call a function in a process of its own."
+    code = "import json, sys; from tdmpc_opt_kit import benchmark as b; print(json.dumps(getattr(b, sys.argv[1])(**json.loads(sys.argv[2]))))"
+    done = subprocess.run([sys.executable, "-c", code, name, json.dumps(args)], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"{name} failed in its own process:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+def _timing(times:list) -> Timing: return Timing(statistics.median(times), *np.quantile(times, [0.25, 0.75]).tolist(), len(times))
+
+def _read_through(path):
+    "Read a file once, so that its pages lie in memory."
+    with open(path, "rb", buffering=0) as f:
+        while f.read(2**22): pass
+
+# %% ../nbs/42_benchmark.ipynb #e81d35f6
+def sample_stores(
+    stores:list,         # Paths
+    batch_size:int=256,
+    turns:int=300,       # Batches of each that count
+    cold:int=9,          # Batches from cold pages
+) -> list:               # Rows
+    "What `bench_sampler` measures, in this process."
+    calls, notes = {}, {}
+    for p in stores:
+        t0 = time.perf_counter(); store = Store(p); opened = 1e3 * (time.perf_counter() - t0)
+        n = f"{batch_size} slices of 4 rows from files, {store.num_rows() / 1e6:.1f} million rows"
+        t0 = time.perf_counter(); s = Sampler(store, batch_size=batch_size, preload=False); ready = 1e3 * (time.perf_counter() - t0)
+        with _without_kernels(): plain = Sampler(store, batch_size=batch_size, preload=False)
+        files, near = [f for t in store.tasks for f in (store.path/"tasks"/t).iterdir()], np.arange(batch_size) * 16 % (store.num_rows(s.specs[0]) - 3)
+        calls[n], calls[n + ", without kernels"], calls[n + ": floor"] = s.sample, plain.sample, lambda s=s, at=(near * 0, near): s.read(*at)
+        notes[n] = (files, s, {"ms to open": opened, "ms to number the slices": ready})
+    for n, (files, s, _) in notes.items():
+        for f in files: _read_through(f)
+    times = {n: [] for n in calls}
+    for turn in range(200 + turns):
+        for n, f in calls.items():
+            t0 = time.perf_counter(); f(); times[n].append(1e3 * (time.perf_counter() - t0))
+    mb, rows, t = resident_mb(), [], {n: _timing(x[200:]) for n, x in times.items()}
+    for n, (files, s, also) in notes.items():
+        plain, late = n + ", without kernels", lambda n: {"ms at the 95th percentile": float(np.quantile(times[n][200:], 0.95))}
+        rows.append(_row(plain, t[plain]) | dict(also=late(plain)))
+        rows.append(_row(n, t[n], base=t[plain]) | dict(floor_ms=t[n + ": floor"].median, also=late(n) | also | ({"MB resident": mb} if mb else {})))
+        if cold and hasattr(os, "posix_fadvise"):
+            rows.append(_row(f"{n}, cold", _timing([_cold(s, files) for _ in range(cold)])))
+    return rows
+
+@contextlib.contextmanager
+def _without_kernels():
+    before = os.environ.get("TDMPC_KERNELS")
+    os.environ["TDMPC_KERNELS"] = "off"
+    try: yield
+    finally: os.environ.pop("TDMPC_KERNELS") if before is None else os.environ.update(TDMPC_KERNELS=before)
+
+def _cold(s:Sampler, files:list) -> float:
+    "Milliseconds of a batch whose pages are on disk."
+    for f in files:
+        with open(f, "rb") as g: os.posix_fadvise(g.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    t0 = time.perf_counter(); s.sample()
+    return 1e3 * (time.perf_counter() - t0)
+
+def bench_sampler(
+    stores,              # A `Store`, or several, which are then drawn from in turn
+    batch_size:int=256,
+    turns:int=300,       # Batches of each that count
+    cold:int=9,          # Batches from cold pages; 0 leaves them out
+) -> list:               # Rows
+    "A batch of slices of 4 rows from files, in a process of its own."
+    stores = [stores] if isinstance(stores, Store) else list(stores)
+    return apart("sample_stores", stores=[str(s.path.resolve()) for s in stores], batch_size=batch_size, turns=turns, cold=cold)
+
+# %% ../nbs/42_benchmark.ipynb #b2f64a19
+def synthetic_chunk(
+    path,                 # Of the file
+    episodes:int,
+    dtype:str="float32",  # Or "float16"
+) -> int:                 # Its bytes
+    "A dataset chunk of noise."
+    rng, n, dtype = np.random.default_rng(0), EPISODE_LENGTH + 1, getattr(torch, dtype)
+    task = rng.integers(0, len(MT30), episodes)
+    x = dict(obs=torch.empty(episodes, n, MAX_OBS, dtype=dtype), action=torch.empty(episodes, n, MAX_ACTION, dtype=dtype), reward=torch.empty(episodes, n, dtype=dtype))
+    for k, v in x.items():
+        for i in range(0, episodes, 500):
+            part = torch.from_numpy(rng.random(v[i:i + 500].shape, np.float32))
+            if k != "reward": part *= torch.from_numpy(np.arange(v.shape[-1]) < dict(obs=OBS_DIMS, action=ACTION_DIMS)[k][task[i:i + 500]][:, None, None])
+            v[i:i + 500] = part
+        if k != "obs": v[:, 0] = torch.nan
+    torch.save(x | dict(task=torch.from_numpy(task)[:, None].repeat(1, n)), path)
+    return Path(path).stat().st_size
+
+def convert_once(
+    chunk:str,
+    store:str, # Made there
+) -> dict:     # Milliseconds, those of the floor, megabytes at the peak
+    "Convert a chunk on one core, in this process."
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    _read_through(chunk)
+    t0 = time.perf_counter(); s = convert_chunks(chunk, store, progress=False); t1 = time.perf_counter()
+    peak, left = memory_mb(), sum(r["bytes"] for r in s.summary())
+    t2 = time.perf_counter()
+    with open(chunk, "rb", buffering=0) as f, open(f"{store}.copy", "wb", buffering=0) as g:
+        while x := f.read(2**22): left -= g.write(x[:max(left, 0)])
+        os.fsync(g.fileno())
+    return dict(ms=1e3 * (t1 - t0), floor=1e3 * (time.perf_counter() - t2), peak=peak)
+
+def bench_convert(
+    folder=None,                    # Where chunk and stores are written; a temporary one if None
+    episodes:int=15_000,            # A gigabyte of float32
+    dtypes=("float32", "float16"),  # Of the chunk
+    turns:int=3,
+) -> list:                          # Rows
+    "A chunk to a store on one core, each time in a process of its own."
+    rows = []
+    for dtype in dtypes:
+        done = []
+        for _ in range(turns):
+            with tempfile.TemporaryDirectory(dir=folder) as tmp:
+                mb = apart("synthetic_chunk", path=f"{tmp}/chunk.pt", episodes=episodes, dtype=dtype) / 1e6
+                done.append(apart("convert_once", chunk=f"{tmp}/chunk.pt", store=f"{tmp}/store"))
+        t = _timing([d["ms"] for d in done])
+        rows.append(_row(f"chunk of {mb:.0f} MB, {dtype}, to a store, one core", t) | dict(floor_ms=statistics.median(d["floor"] for d in done),
+                    also={"MB/s": mb / t.median * 1e3, "MB at the peak": max(d["peak"] for d in done)}))
+    return rows
 
 # %% ../nbs/42_benchmark.ipynb #a035431a
 def table(
     rows, # From the benchmarks
 ) -> str: # Markdown
     "The rows with units."
-    out = ["| what | ms | quartiles | times the baseline | floor, ms |", "|---|---:|---|---:|---:|"]
+    more = any(r.get("also") for r in rows)  # Figures of other kinds
+    out = ["| what | ms | quartiles | times the baseline | floor, ms |" + " |" * more, "|---|---:|---|---:|---:|" + "---|" * more]
     digits = lambda x: f"{x:.3f}" if x < 1 else f"{x:.2f}" if x < 10 else f"{x:.1f}"
     for r in rows:
         out.append(f"| {r['what']} | {digits(r['ms'])} | {digits(r['low'])} to {digits(r['high'])} | " + (f"{r['times_baseline']:.2f}" if r["times_baseline"] else "") +
-                   " | " + (digits(r["floor_ms"]) if r["floor_ms"] else "") + " |")
+                   " | " + (digits(r["floor_ms"]) if r["floor_ms"] else "") + " |" +
+                   (" " + ", ".join(f"{digits(v)} {k}" for k, v in r.get("also", {}).items()) + " |") * more)
     return "\n".join(out)

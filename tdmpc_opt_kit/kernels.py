@@ -1264,9 +1264,61 @@ extern "C" double sum_of_squares(const float** x, const int64_t* n, int count, i
 }
 """
 
+# %% ../nbs/05_kernels.ipynb #5d0b93fa
+_DATA = r"""
+#include <cerrno>
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+static inline float number(float x) { return x; }
+static inline float number(uint16_t h) {  // of half precision; the product is exact, for subnormal numbers too
+    uint32_t m = h & 0x7fff, u = m >= 0x7c00 ? m << 13 | 0x7f800000 : m << 13, s = (uint32_t)(h & 0x8000) << 16; float x;
+    memcpy(&x, &u, 4); if (m < 0x7c00) x *= 0x1p112f;
+    memcpy(&u, &x, 4); u |= s; memcpy(&x, &u, 4);
+    return x;
+}
+struct Slice { int64_t fd, obs, action; };  // open file, and the widths of its task
+template <class T> static void spread(const T* x, int i, int n, int rows, int O, int A, Slice s, float* obs, float* action, float* reward) {
+    for (int t = 0; t < rows; t++, x += s.obs + s.action + 1) {
+        float* o = obs + ((size_t)t * n + i) * O; for (int k = 0; k < O; k++) o[k] = k < s.obs ? number(x[k]) : 0.f;
+        if (!t) continue;
+        size_t at = (size_t)(t - 1) * n + i; float* a = action + at * A;
+        for (int k = 0; k < A; k++) a[k] = k < s.action ? number(x[s.obs + k]) : 0.f;
+        reward[at] = number(x[s.obs + s.action]);
+    }
+}
+static ssize_t read_cached(int fd, void* to, size_t size, off_t at) {  // size, or less if some of it would have to be waited for
+#ifdef RWF_NOWAIT
+    iovec v{to, size}; ssize_t got = preadv2(fd, &v, 1, at, RWF_NOWAIT);
+    if (got >= 0 || errno == EAGAIN) { if (got != (ssize_t)size) posix_fadvise(fd, at, size, POSIX_FADV_WILLNEED); return got; }
+#endif
+    return pread(fd, to, size, at);
+}
+// n slices of some rows each, the first at row first[i] of its file, to obs [rows, n, O], action [rows - 1, n, A], reward [rows - 1, n]; says how many could not be read whole
+extern "C" int read_slices(int n, int rows, int half, int O, int A, const Slice* s, const int64_t* first, float* obs, float* action, float* reward, int threads) {
+    std::lock_guard<std::mutex> only(*one_call); std::vector<char> late(n); std::atomic<int> short_ones{0}; constexpr int EACH = 8;
+    auto block = [&](int b, bool wait) {
+        std::vector<uint32_t> buffer;
+        for (int i = b * EACH; i < std::min(n, (b + 1) * EACH); i++) {
+            if (wait && !late[i]) continue;
+            size_t row = (s[i].obs + s[i].action + 1) * (half ? 2 : 4), size = row * rows;
+            buffer.resize(std::max(buffer.size(), size / 4 + 1));
+            ssize_t got = wait ? pread(s[i].fd, buffer.data(), size, row * first[i]) : read_cached(s[i].fd, buffer.data(), size, row * first[i]);
+            if (got != (ssize_t)size) { if (wait) short_ones++; else late[i] = 1; }
+            else if (half) spread((uint16_t*)buffer.data(), i, n, rows, O, A, s[i], obs, action, reward);
+            else spread((float*)buffer.data(), i, n, rows, O, A, s[i], obs, action, reward);
+        }
+    };
+    int blocks = (n + EACH - 1) / EACH;
+    parallel(blocks, threads, [&](int b) { block(b, false); });
+    if (std::find(late.begin(), late.end(), 1) != late.end()) parallel(blocks, threads, [&](int b) { block(b, true); });
+    return short_ones;
+}
+"""
+
 # %% ../nbs/05_kernels.ipynb #42334048
 FLAGS = ("-O3", "-march=native", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-std=c++17", "-shared", "-fPIC", "-pthread")
-SOURCE = _VECTORS + _LAYERS + _PRODUCTS + _ROWS + _THREADS + _NET + _ASK + _TRAIN + _UPDATE
+SOURCE = _VECTORS + _LAYERS + _PRODUCTS + _ROWS + _THREADS + _NET + _ASK + _TRAIN + _UPDATE + _DATA
 
 def cache_dir() -> Path:
     "Where compiled kernels are kept."
@@ -1337,6 +1389,7 @@ class Kernels:
         for f in (self.lib.world_forward, self.lib.world_backward, self.lib.policy_forward, self.lib.policy_backward): f.argtypes = [ctypes.c_void_p]
         self.lib.adam.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_double, ctypes.c_double, ctypes.c_int]
         self.lib.sum_of_squares.restype, self.lib.sum_of_squares.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        self.lib.read_slices.argtypes = [ctypes.c_int] * 5 + [ctypes.c_void_p] * 5 + [ctypes.c_int]
         self.lib.map_floats.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 
     def __repr__(self): return f"Kernels({self.lanes} lanes" + ", bfloat16" * self.bfloat16 + ", int8" * self.int8 + ")"

@@ -1,4 +1,5 @@
 """Stores, samplers, collection and the chunk reader: bad inputs, crashes, resuming, random draws."""
+import ctypes
 import json
 import os
 import pickle
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from tdmpc_opt_kit import data
 from tdmpc_opt_kit.config import ConfigError
+from tdmpc_opt_kit.kernels import _openmp, kernels
 from tdmpc_opt_kit.data import (EPISODE, Batch, Sampler, Store, card, chunk_files, collect, convert_chunks, episode_seed, figures, is_store, iter_chunk,
                                 open_chunk, pack_rows, read_chunk)
 from tdmpc_opt_kit.tasks import ACTION_DIMS, MT30, OBS_DIMS
@@ -281,11 +284,25 @@ def mixed(tmp_path_factory):
     return s.commit({t.name: ragged(t, [3, *rng.integers(1, 25, 4).tolist(), 6 + t.index], t.index) for t in MT30})
 
 
-@pytest.mark.parametrize("preload", [True, False])
+WAYS = ["memory", "kernels", "python"]
+needs_kernels = pytest.mark.skipif(kernels() is None and os.environ.get("CI") != "true", reason="there is no C++ compiler")
+
+
+def sampler_of(store, way, monkeypatch, **kw):
+    "A sampler that reads in one of `WAYS`, and does."
+    if way == "kernels" and kernels() is None and os.environ.get("CI") != "true": pytest.skip("there is no C++ compiler")
+    with monkeypatch.context() as m:
+        if way == "python": m.setenv("TDMPC_KERNELS", "off")
+        s = Sampler(store, preload=way == "memory", **kw)
+    assert s._gather.__name__ == dict(memory="_gather_memory", kernels="_gather_kernel", python="_gather_disk")[way]
+    return s
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("balance", ["rows", "tasks"])
 @pytest.mark.parametrize("horizon", [1, 3, 5])
-def test_slices_are_what_the_store_holds(mixed, preload, balance, horizon):
-    sampler = Sampler(mixed, batch_size=333, horizon=horizon, balance=balance, preload=preload)
+def test_slices_are_what_the_store_holds(mixed, way, balance, horizon, monkeypatch):
+    sampler = sampler_of(mixed, way, monkeypatch, batch_size=333, horizon=horizon, balance=balance)
     tables, rows = {t: mixed.episodes(t) for t in mixed.tasks}, {t: mixed.rows(t) for t in mixed.tasks}
     for _ in range(2):
         b = sampler.sample()
@@ -334,11 +351,78 @@ def test_some_tasks_only(mixed):
     assert set(b.task.tolist()) == {12, 1}
 
 
-def test_float16_store(tmp_path):
+def test_float16_store(tmp_path, monkeypatch):
     s = Store.create(tmp_path / "s", "float16").append("cup-catch", *episodes(CUP, 3))
-    a, b = (Sampler(s, preload=p, seed=2).sample() for p in (True, False))
-    for x, y in zip(a, b): assert torch.equal(x, y)
+    a, *others = (sampler_of(s, way, monkeypatch, seed=2).sample() for way in WAYS)
+    for b in others:
+        for x, y in zip(a, b): assert torch.equal(x, y)
     assert a.obs.dtype == torch.float32
+
+
+def test_every_number_of_half_precision(tmp_path, monkeypatch):
+    "Zeros of both signs, subnormal numbers, the largest: all that a store may hold."
+    bits = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    bits = np.resize(bits[np.isfinite(bits)], (66, 120, 8))
+    _, action, reward = episodes(CUP, 66, 119)
+    s = Store.create(tmp_path / "s", "float16").append("cup-catch", bits, action, reward)
+    j, row = np.zeros(66 * 60, int), np.arange(0, 66 * 120, 2)
+    for way in WAYS[1:]:
+        x = sampler_of(s, way, monkeypatch, horizon=1).read(j, row).obs[..., :8].transpose(0, 1).reshape(-1, 8).numpy()
+        same(x.view(np.uint32), bits.reshape(-1, 8).astype(np.float32).view(np.uint32))
+
+
+@needs_kernels
+def test_threads_read_the_same(mixed, monkeypatch):
+    "One thread or many, PyTorch's or the kernels' own; from warm pages or from the disk."
+    want, s, lib, openmp, before = Sampler(mixed, seed=6, preload=True), sampler_of(mixed, "kernels", monkeypatch, seed=6), kernels().lib, _openmp(), torch.get_num_threads()
+    shared = ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p) if openmp else None
+    try:
+        for threads, pool in [(1, shared), (2, shared), (5, shared), (2, None), (5, None)]:
+            torch.set_num_threads(threads); lib.use_openmp(pool)
+            for cold in (False, True):
+                if cold and hasattr(os, "posix_fadvise"):
+                    for f in s._files: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                for x, y in zip(want.sample(), s.sample()): assert torch.equal(x, y)
+    finally: torch.set_num_threads(before); lib.use_openmp(shared)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_read_outside(store, way, monkeypatch):
+    s = sampler_of(store, way, monkeypatch)
+    with pytest.raises(IndexError): s.read(np.array([2]), np.array([0]))
+    if way == "memory": return
+    for row in (82, 10**9):  # The store's end lies at 4 episodes of 21 rows
+        with pytest.raises(ConfigError, match="became shorter"): s.read(np.array([s.specs.index(CUP)]), np.array([row]))
+
+
+def test_equal_and_unequal_episodes_are_numbered_alike(tmp_path):
+    s = Store.create(tmp_path / "s").append("cup-catch", *episodes(CUP, 7)).append("walker-walk", *episodes(WALKER, 5))
+    a, b = Sampler(s, seed=1), Sampler(s, seed=1)
+    assert a._same == 18
+    b._same = None
+    for x, y in zip(a.draw(5000), b.draw(5000)): same(x, y)
+    s.append("cup-catch", *episodes(CUP, 1, 2))
+    assert Sampler(s, tasks="cup-catch")._same is None and Sampler(s, tasks="walker-walk")._same == 18
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_sampling_leaves_the_file_on_disk(tmp_path):
+    "A store of 60 MB is read from all over, and the process hardly grows."
+    s = Store.create(tmp_path / "s").append("walker-walk", *episodes(WALKER, 1000, 500))
+    code = f"""
+from tdmpc_opt_kit.benchmark import resident_mb
+from tdmpc_opt_kit.data import Sampler
+import numpy as np
+s = Sampler({str(s.path)!r}, preload=False, batch_size=1000)
+for _ in range(3): s.sample()
+before = resident_mb()
+for _ in range(100): s.sample()
+print(resident_mb() - before)
+"""
+    for off in (None, "off"):
+        env = {k: v for k, v in (os.environ | dict(TDMPC_KERNELS=off)).items() if v is not None}
+        grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
+        assert grown < 15, f"{grown} MB"
 
 
 def test_seeds(mixed):
@@ -387,8 +471,9 @@ def test_bad_sampler(store, kw, words):
     with pytest.raises(ConfigError, match=words): Sampler(store, **kw)
 
 
-def test_file_that_shrinks_while_it_is_read(store):
-    s = Sampler(store, preload=False)
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_file_that_shrinks_while_it_is_read(store, way, monkeypatch):
+    s = sampler_of(store, way, monkeypatch)
     os.truncate(store.path / "tasks/cup-catch/rows.bin", 50)
     with pytest.raises(ConfigError, match="became shorter"):
         for _ in range(5): s.sample()
@@ -773,6 +858,28 @@ def test_chunk_of_other_tasks(tmp_path):
     with pytest.raises(ConfigError, match="cup-catch has values beyond its 8 entries"): convert_chunks(tmp_path / "c.pt", tmp_path / "s", progress=False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_converted_bytes(tmp_path, dtype, turned):
+    "Byte by byte what copying the chunk plainly gives, checksums and returns included."
+    x = chunk(np.random.default_rng(0).integers(0, 30, 90).tolist(), dtype=getattr(torch, dtype))
+    x["reward"] = (x["reward"] * 64).round() / 64  # Sums are exact, in whatever order
+    want = {k: v.numpy() for k, v in x.items()}
+    if turned: x["obs"] = x["obs"].transpose(0, 1).contiguous().transpose(0, 1)
+    torch.save(x, tmp_path / "c.pt")
+    s = convert_chunks(tmp_path / "c.pt", tmp_path / "s", progress=False)
+    assert s.dtype == dtype and len(s.tasks) > 25
+    for t in s.tasks:
+        spec = MT30[[m.name for m in MT30].index(t)]
+        at = np.flatnonzero(want["task"][:, 0] == spec.index)
+        rows = [np.concatenate([want["obs"][e][:, :spec.obs_dim], want["action"][e][:, :spec.action_dim], want["reward"][e][:, None]], 1) for e in at]
+        assert (s.path / "tasks" / t / "rows.bin").read_bytes() == b"".join(r.tobytes() for r in rows)
+        table = np.array([(501 * i, want["reward"][e][1:].astype(np.float64).sum(), 501, 0, e, zlib.crc32(rows[i].tobytes())) for i, e in enumerate(at)], EPISODE)
+        assert (s.path / "tasks" / t / "episodes.bin").read_bytes() == table.tobytes()
+        assert s.manifest["tasks"][t]["crc"] == zlib.crc32(table.tobytes())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_of_converting(tmp_path):
     "A process that converts a 200 MB file, most of it one stride away from the next number, stays far below the file's size above its start."
     n = 3000
@@ -780,10 +887,9 @@ def test_memory_of_converting(tmp_path):
     x["obs"] = x["obs"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
     torch.save(x, tmp_path / "c.pt")
     code = f"""
-import resource, sys
 from tdmpc_opt_kit import data
 data._SPAN = 2**23
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))  # getrusage counts what the parent had, too
 before = peak()
 data.convert_chunks({str(tmp_path / 'c.pt')!r}, {str(tmp_path / 's')!r}, progress=False)
 print((peak() - before) // 1024)
