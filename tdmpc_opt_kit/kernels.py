@@ -175,42 +175,44 @@ template <> inline vi dot<I8>(vi c, int32_t a, const int32_t* b) {
 #endif
 }
 
-template <Type T, int M> static void tile(const Layer& l, int n0, const int32_t* x, int ldx, const float* sx, const float* bias, float* y, int ldy) {
-    typename Acc<T>::type acc[M][2];
+// VS: vectors of a panel that are wanted, one where a layer ends in the first half of a panel
+template <Type T, int M, int VS> static void tile(const Layer& l, int n0, const int32_t* x, int ldx, const float* sx, const float* bias, float* y, int ldy) {
+    typename Acc<T>::type acc[M][VS];
     const int32_t* b = l.w.data() + (size_t)n0 * l.Kw;
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) { if constexpr (T == I8) acc[m][v] = vi{}; else acc[m][v] = load(bias + n0 + v * V); }
+        for (int v = 0; v < VS; v++) { if constexpr (T == I8) acc[m][v] = vi{}; else acc[m][v] = load(bias + n0 + v * V); }
     for (int k = 0; k < l.Kw; k++, b += PANEL) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; v++) acc[m][v] = dot<T>(acc[m][v], x[m * ldx + k], b + v * V);
+            for (int v = 0; v < VS; v++) acc[m][v] = dot<T>(acc[m][v], x[m * ldx + k], b + v * V);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
+        for (int v = 0; v < VS; v++) {
             int n = n0 + v * V;
             if constexpr (T == I8) store(y + m * ldy + n, __builtin_convertvector(acc[m][v], vf) * (sx[m] * load(&l.scale[n])) + load(bias + n));
             else store(y + m * ldy + n, acc[m][v]);
         }
 }
-template <Type T, int M> static inline void tile_of(int m, const Layer& l, int n0, const int32_t* x, int ldx, const float* sx, const float* bias, float* y, int ldy) {
-    if (m == M) tile<T, M>(l, n0, x, ldx, sx, bias, y, ldy);
-    else if constexpr (M > 1) tile_of<T, M - 1>(m, l, n0, x, ldx, sx, bias, y, ldy);
+template <Type T, int M, int VS> static inline void tile_of(int m, const Layer& l, int n0, const int32_t* x, int ldx, const float* sx, const float* bias, float* y, int ldy) {
+    if (m == M) tile<T, M, VS>(l, n0, x, ldx, sx, bias, y, ldy);
+    else if constexpr (M > 1) tile_of<T, M - 1, VS>(m, l, n0, x, ldx, sx, bias, y, ldy);
 }
 template <Type T> static void product_of(const Layer& l, int rows, const int32_t* x, int ldx, const float* sx, const float* bias, float* y, int ldy) {
     int tiles = (rows + MR - 1) / MR;
-    for (int n0 = 0; n0 < l.Np; n0 += PANEL)
+    for (int n0 = 0; n0 < l.N; n0 += PANEL)
         for (int t = 0, m0 = 0; t < tiles; t++) {
             int m = (rows - m0) / (tiles - t);
-            tile_of<T, MR>(m, l, n0, x + (size_t)m0 * ldx, ldx, sx + m0, bias, y + (size_t)m0 * ldy, ldy);
+            auto f = l.N - n0 > V ? tile_of<T, MR, 2> : tile_of<T, MR, 1>;
+            f(m, l, n0, x + (size_t)m0 * ldx, ldx, sx + m0, bias, y + (size_t)m0 * ldy, ldy);
             m0 += m;
         }
 }
-// y [rows, ldy] = x [rows, ldx words] times l, plus bias [Np]; sx: the rows' scales, for 8 bits
+// y [rows, ldy], N columns in whole vectors, = x [rows, ldx words] times l, plus bias [Np]; sx: the rows' scales, for 8 bits
 static void product(const Layer& l, int rows, const int32_t* x, int ldx, const float* sx, const float* bias, float* y, int ldy) {
     if (l.type == F32) product_of<F32>(l, rows, x, ldx, sx, bias, y, ldy);
     else if (l.type == BF16) product_of<BF16>(l, rows, x, ldx, sx, bias, y, ldy);
@@ -405,7 +407,7 @@ static void draw(Scratch& s, int num, const float* noise) {
     each(s.act.data(), num, vtanh);
 }
 static void add_scalar(const Net& n, int which, Scratch& s, int rows, float weight) {
-    for (int r = 0; r < rows; r++) s.total[r] = expected(&s.y[(size_t)r * n.width], n.mlp[which].layers.back().Np, n.bins.data());
+    for (int r = 0; r < rows; r++) s.total[r] = expected(&s.y[(size_t)r * n.width], up(n.mlp[which].layers.back().N, V), n.bins.data());
     for (int r = 0; r < rows; r += V) store(&s.acc[r], load(&s.acc[r]) + weight * symexp(load(&s.total[r])));
 }
 
