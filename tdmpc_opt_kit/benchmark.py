@@ -163,7 +163,7 @@ def bench_plan(
             plan(m, obs[:k], task[:k], state, c)
             if dev.type == "cuda": torch.cuda.synchronize()
         return f
-    precisions = [p for p in PRECISIONS if dev.type == "cpu" and kernels() is not None or p != "int8"]
+    precisions = [p for p in PRECISIONS if dev.type == "cpu" and kernels() is not None or p in ("float32", "bfloat16")]
     calls = {"plain": one(PlainModel(model), "float32")} | {p: one(model, p) for p in precisions}
     other = reference_baseline()
     if other is not None and model.cfg.size == "1M" and dev.type == "cpu":

@@ -1419,7 +1419,8 @@ def sampled(
 
 # %% ../nbs/05_kernels.ipynb #d93b6d49
 F32, BF16, I8 = range(3)
-PRECISIONS = dict(float32=(F32, F32, F32), bfloat16=(BF16, BF16, BF16), int8=(I8, I8, BF16))  # First layer, hidden layers, last layer
+_eight = I8, I8, BF16  # First layer, hidden layers, last layer
+PRECISIONS = dict(float32=((F32,) * 3,) * 2, bfloat16=((BF16,) * 3,) * 2, mixed=((BF16,) * 3, _eight), int8=(_eight, _eight))  # Of the dynamics, and of the heads
 
 class _Plan(ctypes.Structure):
     _fields_ = [(n, t) for t, names in ((ctypes.c_void_p, "net"), (ctypes.c_int, "B N P H num_heads threads rows from_policy"), (ctypes.c_float, "gamma"),
@@ -1444,7 +1445,7 @@ class Net:
         keep = lambda ts: [None if t is None else t.detach().float().contiguous() for t in ts]
         bins, mask = keep([bins, mask])
         self.dims, self.precision, self.num_q, self.num_tasks = (obs_dim, latent_dim, action_dim), precision, len(mlps) - 4, len(mask)
-        self.width, (first, mid, last), tasks = mlps[1][0][0].shape[0], PRECISIONS[precision], len(mask)
+        self.width, (dynamics, heads), tasks = mlps[1][0][0].shape[0], PRECISIONS[precision], len(mask)
         self.ptr = lib.net_new(obs_dim, latent_dim, action_dim, len(mlps) - 4, len(bins), bins.data_ptr(), tasks, mask.data_ptr())
         self._free = weakref.finalize(self, lib.net_free, self.ptr)
         for i, layers in enumerate(mlps):
@@ -1452,7 +1453,8 @@ class Net:
             n = len(layers)
             pointers = [(ctypes.c_void_p * n)(*[None if t is None else t.data_ptr() for t in p]) for p in held]
             widths = (ctypes.c_int * (n + 1))(held[0][0].shape[1], *[w.shape[0] for w in held[0]])
-            types = (ctypes.c_int * n)(*([F32] * n if i == 0 else [first] + [mid] * (n - 2) + [last]))
+            first, mid, last = (F32,) * 3 if i == 0 else dynamics if i == 1 else heads
+            types = (ctypes.c_int * n)(first, *[mid] * (n - 2), last)
             lib.net_mlp(self.ptr, i, n, widths, *pointers, types, tasks)
 
 def fits(

@@ -36,7 +36,7 @@ class PlanConfig:
     min_std:float=0.05      # Sampling never gets narrower
     max_std:float=2.        # Nor wider; the first round's std
     discount:float=discount() # Of predicted rewards
-    precision:str="float32" # Arithmetic of the imagined futures: "float32", "bfloat16" or, on a CPU, "int8"
+    precision:str="float32" # Arithmetic of the imagined futures: "float32", "bfloat16" or, on a CPU, "int8" and "mixed" (8 bits, the dynamics in bfloat16)
 
     def __post_init__(self):
         for k in ("horizon", "iterations", "num_samples", "num_elites"):
@@ -272,7 +272,7 @@ def rollouts(self:WorldModel,
 ):
     "The model prepared for planning with some tasks; raises `ConfigError` for a precision that is not to be had here."
     if has_kernels(self): return KernelRollouts(self, task, precision)
-    if precision == "int8": raise ConfigError("precision 'int8' needs a float32 model on the CPU and the compiled kernels (a g++, and widths divisible by 16); use 'float32' or 'bfloat16'.")
+    if precision in ("int8", "mixed"): raise ConfigError(f"precision {precision!r} needs a float32 model on the CPU and the compiled kernels (a g++, and widths divisible by 16); use 'float32' or 'bfloat16'.")
     return Rollouts(self, task, torch.bfloat16 if precision == "bfloat16" else None)
 
 # %% ../nbs/14_planner.ipynb #43ffffed

@@ -77,7 +77,7 @@ def test_nan_is_not_hidden_by_integers():
     m = model()
     with torch.no_grad(): m.dynamics[1].weight[3, 4] = float("nan")
     obs, task = torch.randn(2, 24), torch.tensor([1, 2])
-    for precision in ("float32", "bfloat16", "int8"):
+    for precision in ("float32", "bfloat16", "mixed", "int8"):
         values = plan(m, obs, task, None, PlanConfig(num_samples=40, num_elites=8, num_pi_trajs=4, iterations=1, precision=precision), torch.Generator().manual_seed(0))[2].values
         assert (values == 0).all(), precision  # as the planner treats NaN
 
