@@ -323,7 +323,7 @@ def assign(
     return [sorted(o) for o in out]
 
 # %% ../nbs/03_envs.ipynb #94c6fdd2
-_fields = (("busy", np.float64, ()), ("obs", np.float32, (MAX_OBS,)), ("final_obs", np.float32, (MAX_OBS,)), ("action", np.float32, (MAX_ACTION,)),
+_fields = (("busy", np.float64, ()), ("seed", np.int64, ()), ("obs", np.float32, (MAX_OBS,)), ("final_obs", np.float32, (MAX_OBS,)), ("action", np.float32, (MAX_ACTION,)),
            ("reward", np.float32, ()), ("done", np.bool_, ()), ("active", np.bool_, ()))
 
 def _arrays(
@@ -362,6 +362,9 @@ class _Share:
             sim.reset(obs)
             self.elapsed[i] = 0
 
+    def reseed(self):
+        for i, sim, *_ in self.rows: sim.reseed(int(self.arrays["seed"][i]))
+
     def step(self, part:int=0):
         active, done, reward, elapsed = (*(self.arrays[k] for k in ("active", "done", "reward")), self.elapsed)
         for i, sim, obs, action in self.parts[part]:
@@ -378,9 +381,9 @@ class _Share:
                 elapsed[i], done[i] = 0, True
 
     def do(self, letter:bytes):
-        "What the parent asked for: a reset, or the step of a group."
+        "What the parent asked for: new seeds, a reset, or the step of a group."
         t0 = time.thread_time()
-        self.step(letter[1]) if letter[:1] == b"s" else self.reset()
+        self.step(letter[1]) if letter[:1] == b"s" else self.reset() if letter == b"r" else self.reseed()
         self.arrays["busy"][self.rows[0][0]] += time.thread_time() - t0
 
 # %% ../nbs/03_envs.ipynb #66ce94cc
@@ -519,7 +522,7 @@ def _receive(self:VecEnv, w:int):
 def _ask(self:VecEnv, letter:bytes):
     "Send every worker the same request."
     if not self._end.alive: raise RuntimeError("This VecEnv is closed.")
-    if letter in self.pending or b"r" in (letter, *self.pending) and self.pending: raise RuntimeError("A step is under way; call step_wait() first.")
+    if letter in self.pending or self.pending and letter[:1] + self.pending[0][:1] != b"ss": raise RuntimeError("A step is under way; call step_wait() first.")
     try:
         for w in range(len(self.workers)): self._send(w, letter)
         self.pending.append(letter)
@@ -547,6 +550,17 @@ def reset(self:VecEnv) -> np.ndarray: # obs float32 `[N, 24]`
     self._finish()
     self.started = True
     return self.arrays["obs"].copy()
+
+@patch
+def reseed(self:VecEnv,
+    seeds, # An int for each environment
+):
+    "Start all random states again; the next `reset` equals that of a new `VecEnv`, without building it."
+    if len(seeds := [int(s) for s in seeds]) != self.num_envs: raise ConfigError(f"{self.num_envs} environments need as many seeds, not {len(seeds)}.")
+    self.arrays["seed"][:] = seeds
+    self._ask(b"n")
+    self._finish()
+    self.seeds, self.started = seeds, False
 
 # %% ../nbs/03_envs.ipynb #d7c8ec43
 @patch
