@@ -151,6 +151,7 @@ def policy(self:TaskModels,
 class Agent:
     "Actions for many environments at once."
     independent = False  # Are its answers the same whoever else is asked in the same call?
+    light = False        # Is one thread enough for it? Others would keep cores from the physics
     def act(self,
         obs:Tensor,               # float32 `[N, 24]`
         task:Tensor,              # MT30 index `[N]`
@@ -190,6 +191,8 @@ class PolicyAgent(Agent):
         if isinstance(noise_std, str) and noise_std != "sample": raise ConfigError(f"noise_std is a number, one for each environment, or 'sample', not {noise_std!r}.")
         self.noise_std = noise_std if isinstance(noise_std, (str, int, float)) else torch.as_tensor(noise_std, dtype=torch.float32)
 
+    @property
+    def light(self): return all(m.cfg.mlp_dim <= 512 for m in self.models.models)
     @property
     def independent(self): return not isinstance(self.noise_std, Tensor) and self.noise_std == 0
 

@@ -620,6 +620,15 @@ def _rounds(
     return out
 
 # %% ../nbs/04_data.ipynb #6213ce1f
+@contextmanager
+def _one_thread(yes:bool):
+    "Let PyTorch and the kernels use a single thread inside."
+    n = torch.get_num_threads()
+    if yes: torch.set_num_threads(1)
+    try: yield
+    finally:
+        if yes: torch.set_num_threads(n)
+
 def roll(
     agent,         # With `act`, and for several groups with its `active`
     envs,          # A `VecEnv`
@@ -659,10 +668,11 @@ def roll(
         rows[at] += 1
         active[p] = on & ~done
         if on_step: on_step(len(at))
-    for t in range(1, max_steps + 2):
-        for g, p in enumerate(parts):
-            if under_way[g] is not None: end(g, p, t - 1)
-            if t <= max_steps and active[p].any(): begin(g, p, t)
+    with _one_thread(getattr(agent, "light", False)):
+        for t in range(1, max_steps + 2):
+            for g, p in enumerate(parts):
+                if under_way[g] is not None: end(g, p, t - 1)
+                if t <= max_steps and active[p].any(): begin(g, p, t)
     return [(obs[i, :k], action[i, :k], reward[i, :k]) for i, k in enumerate(rows)]
 
 # %% ../nbs/04_data.ipynb #fe18203f
