@@ -634,7 +634,7 @@ def roll(
     envs,          # A `VecEnv`
     max_steps:int, # Decisions an episode, at most
     on_step=None,  # Called after each step with the number of environments that took it
-    clock=None,    # A dict whose "agent" and "waited" grow by the seconds spent acting and waiting for the physics
+    clock=None,    # A dict whose "agent", "waited" and "overlap" grow by the seconds spent acting, waiting for the physics, and acting while another group's went on
 ) -> list:         # N tuples of obs `[T+1, 24]`, action `[T+1, 6]`, reward `[T+1]`, NaN in row 0
     "One whole episode in every environment; the groups of `envs` take turns, so that the agent acts for one while the others' physics goes on."
     n, task, clock = envs.num_envs, torch.as_tensor(np.asarray(envs.task)).long(), {} if clock is None else clock
@@ -644,14 +644,14 @@ def roll(
     parts = getattr(envs, "parts", None) or [slice(0, n)]
     several, under_way = len(parts) > 1, [None] * len(parts)
     @contextmanager
-    def timed(what):
+    def timed(*what):
         t0 = time.perf_counter()
         yield
-        clock[what] = clock.get(what, 0.) + time.perf_counter() - t0
+        for k in what: clock[k] = clock.get(k, 0.) + time.perf_counter() - t0
     def begin(g, p, t):
         mine = np.zeros(n, bool)
         mine[p] = active[p]
-        with timed("agent"):
+        with timed("agent", *["overlap"] * any(u is not None for u in under_way)):
             a = agent.act(torch.from_numpy(now.copy()), task, first if t == 1 else ~first, *[torch.from_numpy(mine)] * several)
             a = torch.as_tensor(a).detach().cpu().numpy().astype(np.float32)
         if not np.isfinite(a[mine]).all():

@@ -75,11 +75,11 @@ def interval(
 # %% ../nbs/41_evaluate.ipynb #c48b2788
 def where_time_goes(
     rounds, # Dicts; those of earlier versions tell agent, physics and decisions only, and by physics they mean what is waited now
-) -> dict:  # agent: seconds acting; waited: for the physics, doing nothing else; total: all that passed; physics: the workers' processor time; workers; decisions
+) -> dict:  # agent: seconds acting; overlap: of these, while physics went on; waited: for physics, idly; total: all that passed; physics: the workers' processor time; decisions
     "The seconds of several rounds together; None is not known."
-    new = [d if "waited" in d or not d else d | dict(waited=d["physics"], physics=None, total=d["agent"] + d["physics"], workers=None) for d in rounds]
-    both = lambda k, how=sum: None if any(d.get(k, 0) is None for d in new) else how([d.get(k, 0) for d in new] or [0])
-    return {k: both(k) for k in ("agent", "waited", "total", "physics")} | dict(workers=both("workers", max), decisions=both("decisions"))
+    new = [d if "waited" in d or not d else d | dict(waited=d["physics"], physics=None, total=d["agent"] + d["physics"]) for d in rounds]
+    both = lambda k: None if any(d.get(k, 0) is None for d in new) else sum(d.get(k, 0) for d in new)
+    return {k: both(k) for k in ("agent", "overlap", "waited", "total", "physics", "decisions")}
 
 @dataclass
 class Report:
@@ -119,10 +119,9 @@ class Report:
         "Of the time that passed, waiting for the physics."
         return self.seconds["waited"] / max(1e-9, self.seconds["total"])
     @property
-    def overlap(self) -> float|None:
-        "Of the time that passed, agent and physics at once, at least; None if that is not known."
-        s = self.seconds
-        return None if s["physics"] is None else max(0., s["agent"] + s["physics"] / max(1, s["workers"]) - s["total"]) / max(1e-9, s["total"])
+    def overlap(self) -> float:
+        "Of the time spent acting, while the physics of other environments went on."
+        return self.seconds["overlap"] / max(1e-9, self.seconds["agent"])
 
 # %% ../nbs/41_evaluate.ipynb #d82cd101
 @patch
@@ -167,8 +166,8 @@ def __str__(self:Report):
     ci = f" (95 % interval {i.low:.1f} to {i.high:.1f}{what})" if i.low is not None else " (one episode: no interval)"
     short = f", episodes of only {self.max_steps} decisions" if self.max_steps != EPISODE_LENGTH else ""
     return (f"{self.mode}{' with exploration noise' if self.explore else ''}: score {i.mean:.1f}{ci}, {len(self.tasks)} task{'s' * (len(self.tasks) > 1)} "
-            f"x {self.episodes} episode{'s' * (self.episodes > 1)}{short}; {self.seconds_per_decision * 1e3:.3g} ms a decision; of {self.seconds['total']:.3g} s {self.agent_share:.0%} acting, {self.physics_share:.0%} waiting for physics"
-            + (f", {self.overlap:.0%} both at once" if self.overlap else ""))
+            f"x {self.episodes} episode{'s' * (self.episodes > 1)}{short}; {self.seconds_per_decision * 1e3:.3g} ms a decision; of {self.seconds['total']:.3g} s {self.agent_share:.0%} acting "
+            + (f"({self.overlap:.0%} of it beside physics) " if self.overlap else "") + f"and {self.physics_share:.0%} waiting for physics")
 
 @patch
 def _repr_markdown_(self:Report): return f"{self}\n\n{markdown(self.table())}"
@@ -319,7 +318,7 @@ def _play(
     with VecEnv([s for s, _ in pairs], seeds, num_workers=num_workers, max_steps=max_steps, groups=groups) as envs:
         t0 = time.perf_counter()
         out = roll(agent, envs, max_steps, on_step, clock)
-        clock |= dict(total=time.perf_counter() - t0, physics=envs.busy, workers=len(envs.workers))
+        clock |= dict(total=time.perf_counter() - t0, physics=envs.busy)
     return dict(returns=[float(np.nansum(r, dtype=np.float64)) for _, _, r in out], **clock, decisions=sum(len(r) - 1 for *_, r in out))
 
 # %% ../nbs/41_evaluate.ipynb #92e8f6ff
