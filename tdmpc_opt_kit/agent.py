@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import ConfigError
-from .planner import PlanConfig, PlanState, has_kernels, packed, plan
+from .planner import PlanConfig, PlanState, plan, policy_net
 from .tasks import MAX_ACTION, MT30, action_mask, task_set
 from .twohot import from_two_hot
 from .world_model import WorldModel
@@ -136,14 +136,22 @@ def policy(self:TaskModels,
 ) -> tuple:       # mean before tanh, log-std, tanh of the mean `[..., 6]`
     "The policy of each row's model, masked, without gradient."
     def f(m, own, obs):
-        obs = obs[:, :m.cfg.obs_dim]
-        mean, log_std = packed(m).ask(obs, own)[1:] if has_kernels(m) else m.pi_params(m.encode(obs, own), own)
+        obs, net = obs[:, :m.cfg.obs_dim], policy_net(m)
+        mean, log_std = net.ask(obs, own, latent=False)[1:] if net else m.pi_params(m.encode(obs, own), own)
         return mean, log_std, mean.tanh()
+    if obs.ndim == 2 and obs.is_cpu and len(groups := self.groups(task)) == 1:  # Nothing to sort, and half the time
+        m, _, own = groups[0]
+        if (net := policy_net(m)) is not None:
+            mean, log_std = net.ask(obs if net.dims[0] == obs.shape[1] else obs[:, :net.dims[0]], own, latent=False)[1:]
+            if (w := MAX_ACTION - net.dims[2]): mean, log_std = F.pad(mean, (0, w)), F.pad(log_std, (0, w))
+            return mean, log_std, mean.tanh()
     return self._ask(f, [MAX_ACTION] * 3, task, obs)
 
 # %% ../nbs/15_agent.ipynb #a80925db
 class Agent:
     "Actions for many environments at once."
+    independent = False  # Are its answers the same whoever else is asked in the same call?
+    light = False        # Is one thread enough for it? Others would keep cores from the physics
     def act(self,
         obs:Tensor,               # float32 `[N, 24]`
         task:Tensor,              # MT30 index `[N]`
@@ -182,6 +190,11 @@ class PolicyAgent(Agent):
         self.models, self.generator = TaskModels(models), generator
         if isinstance(noise_std, str) and noise_std != "sample": raise ConfigError(f"noise_std is a number, one for each environment, or 'sample', not {noise_std!r}.")
         self.noise_std = noise_std if isinstance(noise_std, (str, int, float)) else torch.as_tensor(noise_std, dtype=torch.float32)
+
+    @property
+    def light(self): return all(m.cfg.mlp_dim <= 512 for m in self.models.models)
+    @property
+    def independent(self): return not isinstance(self.noise_std, Tensor) and self.noise_std == 0
 
     def choose(self, obs, task, first, rows, num):
         raw, log_std, action = self.models.policy(obs, task)

@@ -6,7 +6,7 @@
 __all__ = ['Timing', 'paired', 'ceilings', 'plan_flops', 'update_flops', 'PlainRollouts', 'PlainModel', 'reference_baseline',
            'bench_plan', 'bench_policy', 'random_batch', 'bench_update', 'bench_teacher', 'synthetic_store',
            'resident_mb', 'memory_mb', 'apart', 'sample_stores', 'bench_sampler', 'synthetic_chunk', 'convert_once',
-           'bench_convert', 'table']
+           'bench_convert', 'bare_dm_control', 'bench_play', 'bench_evaluate', 'bench_collect', 'table']
 
 # %% ../nbs/42_benchmark.ipynb #ed9b806c
 import contextlib, copy, importlib.util, json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from .agent import make_agent
 from .config import ConfigError
-from .data import Batch, Sampler, Store, convert_chunks
+from .data import Batch, Sampler, Store, collect, convert_chunks, pack_rows
 from .distill import reward_distill_loss
+from .evaluate import evaluate
 from .kernels import PRECISIONS, kernels
 from .layers import plain_layers
 from .planner import Imagination, PlanConfig, PlanState, Rollouts, draw_noise, plan
-from .tasks import ACTION_DIMS, EPISODE_LENGTH, MAX_ACTION, MAX_OBS, MT30, OBS_DIMS
+from .tasks import ACTION_DIMS, ACTION_REPEAT, EPISODE_LENGTH, MAX_ACTION, MAX_OBS, MT30, OBS_DIMS, task_set
 from .train import Learner, TrainConfig
 from .twohot import NUM_BINS, from_two_hot
 from .world_model import SIZES, WorldModel, model_size
@@ -407,6 +408,74 @@ def bench_convert(
         rows.append(_row(f"chunk of {mb:.0f} MB, {dtype}, to a store, one core", t) | dict(floor_ms=statistics.median(d["floor"] for d in done),
                     also={"MB/s": mb / t.median * 1e3, "MB at the peak": max(d["peak"] for d in done)}))
     return rows
+
+# %% ../nbs/42_benchmark.ipynb #7e0c52fa
+_BARE = """
+import sys, numpy as np
+sys.path[:] = eval(sys.argv[1])
+from tdmpc_opt_kit.envs import _build
+from tdmpc_opt_kit.tasks import task_set
+envs, rng = [_build(t, 0) for t in task_set(sys.argv[2])], np.random.default_rng(0)
+specs = [e.action_spec() for e in envs]
+for e in envs: e.reset()
+print("ready", flush=True)
+for line in sys.stdin:
+    for env, spec in zip(envs, specs):
+        for action in rng.uniform(spec.minimum, spec.maximum, (int(line), *spec.shape)):
+            for _ in range(int(sys.argv[3])): env.step(action)
+    print("done", flush=True)
+"""
+
+@contextlib.contextmanager
+def bare_dm_control(
+    tasks="mt30",   # What `task_set` takes; every process has all of them
+    workers=None,   # Processes, one a core if None
+    decisions=100,  # Of each task and process in a call
+):                  # A function, and how many decisions a call makes
+    "Processes that step dm_control and nothing else."
+    names, workers = ",".join(t.name for t in task_set(tasks)), workers or len(os.sched_getaffinity(0))
+    command, env = [sys.executable, "-c", _BARE, repr(sys.path), names, str(ACTION_REPEAT)], os.environ | dict(MUJOCO_GL="disable", OMP_NUM_THREADS="1")
+    ps = [subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(workers)]
+    def answers(word):
+        if any(p.stdout.readline().strip() != word for p in ps): raise RuntimeError("A process that steps dm_control has died.")
+    def call():
+        for p in ps: print(decisions, file=p.stdin, flush=True)
+        answers("done")
+    try:
+        answers("ready")
+        yield call, workers * decisions * len(task_set(tasks))
+    finally:
+        for p in ps: p.stdin.close(); p.wait(); p.stdout.close()
+
+def bench_play(
+    model:WorldModel,
+    tasks="mt30",                 # What `task_set` takes
+    episodes:int=4,               # Of each, in a turn
+    turns:int=5,
+    workers:int|None=None,        # Physics processes, one a core if None
+    max_steps:int=EPISODE_LENGTH, # Decisions an episode
+    what=("evaluate", "collect"), # To measure beside bare dm_control
+) -> list:                        # Rows; those of evaluation and collection have `agent_share`, `physics_share` and `overlap` where known
+    "The policy's evaluation, and its collection into a store, beside bare dm_control, turn by turn; `times_baseline` is the rate in bare dm_control's."
+    reports, n, each = [], len(task_set(tasks)), max(1, episodes * max_steps // 8)
+    with bare_dm_control(tasks, workers, each) as (bare, made):
+        def play(): reports.append(evaluate(model, tasks, episodes, "policy", num_workers=workers, progress=False, max_steps=max_steps))
+        def fill():
+            with tempfile.TemporaryDirectory() as folder: collect(make_agent(model, "policy"), tasks, episodes, Path(folder)/"store", num_workers=workers, progress=False, max_steps=max_steps)
+        t = paired(dict(bare=bare) | {k: f for k, f in dict(evaluate=play, collect=fill).items() if k in what}, turns, 1)
+    base = Timing(*(x / made for x in (t["bare"].median, t["bare"].low, t["bare"].high)), turns)
+    rows, words = [_row("dm_control alone, a decision", base)], dict(evaluate="evaluation with the policy, a decision", collect="collection with the policy, a decision")
+    for k in [k for k in words if k in t]: rows.append(_row(words[k], t[k], n * episodes * max_steps, base, base.median * 1e6, 1))
+    if "evaluate" in t: rows[1] |= {k: statistics.median(getattr(r, k) for r in reports) for k in ("agent_share", "physics_share", "overlap")}
+    return rows
+
+def bench_evaluate(model, **kw) -> list: # Rows
+    "Evaluation alone, see `bench_play`."
+    return bench_play(model, what=("evaluate",), **kw)
+
+def bench_collect(model, **kw) -> list: # Rows
+    "Collection alone, see `bench_play`."
+    return bench_play(model, what=("collect",), **kw)
 
 # %% ../nbs/42_benchmark.ipynb #a035431a
 def table(

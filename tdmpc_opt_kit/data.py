@@ -8,7 +8,7 @@ __all__ = ['EPISODE', 'MANIFEST_VERSION', 'PRELOAD_BYTES', 'Rows', 'pack_rows', 
            'chunk_files', 'convert_chunks', 'card', 'figures']
 
 # %% ../nbs/06_data.ipynb #32ae244d
-import copy, io, json, os, pickle, re, struct, zipfile, zlib
+import copy, io, json, os, pickle, re, struct, time, zipfile, zlib
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -644,33 +644,59 @@ def _rounds(
     return out
 
 # %% ../nbs/06_data.ipynb #6213ce1f
+@contextmanager
+def _one_thread(yes:bool):
+    "Let PyTorch and the kernels use a single thread inside."
+    n = torch.get_num_threads()
+    if yes: torch.set_num_threads(1)
+    try: yield
+    finally:
+        if yes: torch.set_num_threads(n)
+
 def roll(
-    agent,         # With `act`
+    agent,         # With `act`, and for several groups with its `active`
     envs,          # A `VecEnv`
     max_steps:int, # Decisions an episode, at most
     on_step=None,  # Called after each step with the number of environments that took it
+    clock=None,    # A dict whose "agent", "waited" and "overlap" grow by the seconds spent acting, waiting for the physics, and acting while another group's went on
 ) -> list:         # N tuples of obs `[T+1, 24]`, action `[T+1, 6]`, reward `[T+1]`, NaN in row 0
-    "One whole episode in every environment."
-    n, task = envs.num_envs, torch.as_tensor(np.asarray(envs.task)).long()
-    obs = np.full((n, max_steps + 1, MAX_OBS), np.nan, np.float32)
-    action = np.full((n, max_steps + 1, MAX_ACTION), np.nan, np.float32)
-    reward = np.full((n, max_steps + 1), np.nan, np.float32)
+    "One whole episode in every environment; the groups of `envs` take turns, so that the agent acts for one while the others' physics goes on."
+    n, task, clock = envs.num_envs, torch.as_tensor(np.asarray(envs.task)).long(), {} if clock is None else clock
+    obs, action, reward = (np.full((n, max_steps + 1, *w), np.nan, np.float32) for w in ((MAX_OBS,), (MAX_ACTION,), ()))
     now = np.array(envs.reset(), np.float32)
-    obs[:, 0], active, rows = now, np.ones(n, bool), np.ones(n, int)
-    first = torch.ones(n, dtype=torch.bool)
-    for t in range(1, max_steps + 1):
-        a = torch.as_tensor(agent.act(torch.from_numpy(now.copy()), task, first)).detach().cpu().numpy().astype(np.float32)
-        if not np.isfinite(a[active]).all():
-            bad = int(np.flatnonzero(active)[~np.isfinite(a[active]).all(-1)][0])
+    obs[:, 0], active, rows, first = now, np.ones(n, bool), np.ones(n, int), torch.ones(n, dtype=torch.bool)
+    parts = getattr(envs, "parts", None) or [slice(0, n)]
+    several, under_way = len(parts) > 1, [None] * len(parts)
+    @contextmanager
+    def timed(*what):
+        t0 = time.perf_counter()
+        yield
+        for k in what: clock[k] = clock.get(k, 0.) + time.perf_counter() - t0
+    def begin(g, p, t):
+        mine = np.zeros(n, bool)
+        mine[p] = active[p]
+        with timed("agent", *["overlap"] * any(u is not None for u in under_way)):
+            a = agent.act(torch.from_numpy(now.copy()), task, first if t == 1 else ~first, *[torch.from_numpy(mine)] * several)
+            a = torch.as_tensor(a).detach().cpu().numpy().astype(np.float32)
+        if not np.isfinite(a[mine]).all():
+            bad = int(np.flatnonzero(mine)[~np.isfinite(a[mine]).all(-1)][0])
             raise ConfigError(f"The agent's action for {MT30[int(task[bad])].name} is not finite at decision {t}.")
-        now, r, done, info = envs.step(a) if active.all() else envs.step(a, active=active)
-        now, done = np.array(now, np.float32), np.array(done)
-        after = np.where(done[:, None], info["final_obs"], now) if done.any() else now
-        obs[active, t], action[active, t], reward[active, t] = after[active], a[active], np.asarray(r)[active]
-        rows[active] += 1
-        if on_step: on_step(int(active.sum()))
-        active, first = active & ~done, torch.zeros(n, dtype=torch.bool)
-        if not active.any(): break
+        under_way[g] = a[p]
+        if several: envs.step_async(a[p], mine[p], g)
+    def end(g, p, t):
+        on, a = active[p].copy(), under_way[g]
+        with timed("waited"): new, r, done, info = envs.step_wait(g) if several else envs.step(a) if on.all() else envs.step(a, active=on)
+        at, done, now[p], under_way[g] = np.arange(n)[p][on], np.array(done), new, None
+        after = np.where(done[:, None], info["final_obs"], now[p]) if done.any() else now[p]
+        obs[at, t], action[at, t], reward[at, t] = after[on], a[on], np.asarray(r)[on]
+        rows[at] += 1
+        active[p] = on & ~done
+        if on_step: on_step(len(at))
+    with _one_thread(getattr(agent, "light", False)):
+        for t in range(1, max_steps + 2):
+            for g, p in enumerate(parts):
+                if under_way[g] is not None: end(g, p, t - 1)
+                if t <= max_steps and active[p].any(): begin(g, p, t)
     return [(obs[i, :k], action[i, :k], reward[i, :k]) for i, k in enumerate(rows)]
 
 # %% ../nbs/06_data.ipynb #fe18203f
@@ -698,6 +724,7 @@ def collect(
     max_steps=EPISODE_LENGTH, # Decisions an episode
     progress=True,            # Show a bar with the time left
     vec_env=VecEnv,           # Or a class with the same methods
+    groups=None,              # Of a `VecEnv`, see `roll`; None is 2 for agents that are `independent`, else 1
 ) -> Store:
     "Roll an agent for whole episodes into a store; called again, it does what is left. Raises `ConfigError` for bad input."
     specs = task_set(tasks)
@@ -709,7 +736,7 @@ def collect(
     with store.lock():
         store._origin(copy.deepcopy(store.manifest), origin)  # A clash is an error now, not after the first round
         left = _remaining(store, specs, int(episodes), origin["name"])
-        envs = names = None
+        envs, names, kw = None, None, dict(groups=groups or 1 + getattr(agent, "independent", False)) if vec_env is VecEnv else {}
         try:
             with tqdm(total=len(left) * max_steps, desc=f"collect {origin['name']}", unit="step", disable=not (progress and left)) as bar:
                 for pairs in _rounds(left, num_envs or 64):
@@ -717,7 +744,7 @@ def collect(
                     if envs is not None and names == before and hasattr(envs, "reseed"): envs.reseed(seeds)
                     else:
                         if envs is not None: envs.close()
-                        envs = vec_env(names, seeds, num_workers=num_workers, max_steps=max_steps)
+                        envs = vec_env(names, seeds, num_workers=num_workers, max_steps=max_steps, **kw)
                     store.commit(_by_task(pairs, roll(agent, envs, max_steps, bar.update)), origin)
         finally:
             if envs is not None: envs.close()

@@ -6,7 +6,7 @@
 __all__ = ['render_backend', 'Sim', 'TaskEnv', 'make_env', 'render_episode', 'assign', 'WorkerError', 'VecEnv']
 
 # %% ../nbs/03_envs.ipynb #4db32dbc
-import logging, mmap, os, re, select, signal, subprocess, sys, tempfile, time, traceback, warnings, weakref
+import gc, logging, mmap, os, re, select, signal, subprocess, sys, tempfile, time, traceback, warnings, weakref
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe
@@ -84,10 +84,12 @@ class _Field:
     __slots__ = ("array", "indexer", "places")
     def __init__(self, array, indexer): self.array, self.indexer, self.places = array, indexer, {}
     def place(self, key):
-        name = key if isinstance(key, (str, int)) else repr(key)
+        name = key if isinstance(key, (str, int)) or type(key) is tuple and all(isinstance(k, str) for k in key) else repr(key)
         if name not in self.places: self.places[name] = self.indexer._convert_key(key)
         return self.places[name]
-    def __getitem__(self, key): return self.array[self.place(key)]
+    def __getitem__(self, key):
+        try: return self.array[self.places[key]]
+        except (KeyError, TypeError): return self.array[self.place(key)]  # New, or with a list or a slice in it
     def __setitem__(self, key, value): self.array[self.place(key)] = value
     def __getattr__(self, name): return getattr(self.array, name)
 
@@ -104,7 +106,43 @@ def _remember_names(physics):
     named = physics.named
     physics._named = type(named)(model=_Names(physics.model, named.model), data=_Names(physics.data, named.data))
 
+# %% ../nbs/03_envs.ipynb #5c8e21d9
+_scales = dict(gaussian=lambda v: np.sqrt(-2 * np.log(v)), linear=lambda v: 1 - v, quadratic=lambda v: np.sqrt(1 - v))
+
+@lru_cache(None)
+def _scale(sigmoid:str, value:float): # None where dm_control shall decide
+    "What a distance is multiplied by, for a value at the margin."
+    return _scales[sigmoid](value) if sigmoid in _scales and (0 < value < 1 or value == 0 and sigmoid != "gaussian") else None
+
+def _quick(
+    exact, # dm_control's `tolerance`
+):
+    "The same function, faster for one number, bare or as an array `[1]`."
+    def tolerance(x, bounds=(0., 0.), margin=0., sigmoid="gaussian", value_at_margin=0.1):
+        array, (lower, upper) = type(x) is np.ndarray and x.shape == (1,), bounds
+        scale = _scale(sigmoid, value_at_margin) if margin else 0
+        if not (array or isinstance(x, float)) or lower > upper or margin < 0 or scale is None: return exact(x, bounds, margin, sigmoid, value_at_margin)
+        v = x[0] if array else x
+        if lower <= v <= upper: value = 1.
+        elif margin == 0: value = 0.
+        else:
+            s = (lower - v if v < lower else v - upper) / margin * scale
+            if sigmoid == "linear": value = 1 - s if abs(s) < 1 else 0.
+            else:
+                square = s * s if array else s**2  # As numpy does it for each: a power may differ from a product in the last bit
+                value = np.exp(-0.5 * square) if sigmoid == "gaussian" else 1 - square if abs(s) < 1 else 0.
+        return np.array([value]) if array else float(value)
+    tolerance.exact = exact
+    return tolerance
+
+def _quick_rewards():
+    "Make every task of this process use it; before any is built."
+    from dm_control.utils import rewards
+    if not hasattr(rewards.tolerance, "exact"): rewards.tolerance = _quick(rewards.tolerance)
+
 # %% ../nbs/03_envs.ipynb #f00e1aa4
+_RK4 = 1  # MuJoCo's number of the Runge-Kutta integrator
+
 class Sim:
     "A task's physics with action repeat, without any wrapping."
     def __init__(self,
@@ -115,9 +153,12 @@ class Sim:
         env = _build(task, seed, draw)
         _remember_names(env.physics)
         self.task, self.seed, self.physics, self.suite_task, self.substeps = task, seed, env.physics, env.task, env._n_sub_steps
+        model, data = env.physics.model, env.physics.data
+        self.ptrs, self.ctrl, self.warnings = (model.ptr, data.ptr), data.ctrl, data.warning.number
+        self.whole = model.opt.integrator == _RK4 # No half steps
         self.seconds = env.control_timestep() * ACTION_REPEAT # Of physics in a decision
         spec = env.action_spec()
-        self.low, self.range = spec.minimum.astype(np.float64), (spec.maximum - spec.minimum).astype(np.float64)
+        self.low, self.range, self.one = spec.minimum.astype(np.float64), (spec.maximum - spec.minimum).astype(np.float64), np.ones(1)
 
     def reseed(self, seed:int):
         "Start the random state again; the next `reset` equals that of a fresh `Sim`."
@@ -147,16 +188,32 @@ def step(self:Sim,
     out:np.ndarray,    # float32 `[obs_dim]`, written
 ) -> float:            # Sum of the rewards of the repeated steps
     "One decision."
-    physics, task = self.physics, self.suite_task
-    action = self.low + (action.astype(np.float64) + 1) / 2 * self.range
+    physics, ctrl = self.physics, self.ctrl
+    np.add(action, self.one, out=ctrl)
+    ctrl /= 2
+    ctrl *= self.range
+    ctrl += self.low
     reward = 0.
     for _ in range(ACTION_REPEAT):
-        task.before_step(action, physics)
-        physics.step(self.substeps)
-        task.after_step(physics)
-        reward += task.get_reward(physics)
+        self.advance()
+        reward += self.suite_task.get_reward(physics)
     self.observe(out)
     return reward
+
+@patch
+def advance(self:Sim):
+    "dm_control's `physics.step`: the second half of a step, whole steps, and the first half of the next; raises its `PhysicsError`."
+    import mujoco
+    before = self.warnings.tobytes()
+    if self.whole: mujoco.mj_step(*self.ptrs, self.substeps)
+    else:
+        mujoco.mj_step2(*self.ptrs)
+        if self.substeps > 1: mujoco.mj_step(*self.ptrs, self.substeps - 1)
+    mujoco.mj_step1(*self.ptrs)
+    if self.warnings.tobytes() != before:
+        after = self.warnings.copy()
+        self.warnings[:] = np.frombuffer(before, after.dtype)
+        with self.physics.check_invalid_state(): self.warnings[:] = after
 
 # %% ../nbs/03_envs.ipynb #a52660ad
 class TaskEnv(gymnasium.Env):
@@ -266,7 +323,7 @@ def assign(
     return [sorted(o) for o in out]
 
 # %% ../nbs/03_envs.ipynb #94c6fdd2
-_fields = (("obs", np.float32, (MAX_OBS,)), ("final_obs", np.float32, (MAX_OBS,)), ("action", np.float32, (MAX_ACTION,)),
+_fields = (("busy", np.float64, ()), ("seed", np.int64, ()), ("obs", np.float32, (MAX_OBS,)), ("final_obs", np.float32, (MAX_OBS,)), ("action", np.float32, (MAX_ACTION,)),
            ("reward", np.float32, ()), ("done", np.bool_, ()), ("active", np.bool_, ()))
 
 def _arrays(
@@ -287,14 +344,16 @@ class _Share:
     "Some environments of a `VecEnv`, stepped one after the other on the shared arrays."
     def __init__(self,
         arrays:dict,   # From `_arrays`
-        indices,       # Which rows are ours
+        indices,       # Which rows are ours, in order
         tasks,         # Their `TaskSpec`s
         seeds,         # Their seeds
         max_steps:int, # Decisions until truncation
+        parts=None,    # Rows of the groups that are stepped by themselves, slices; one of all if None
     ):
         self.arrays, self.max_steps, self.at = arrays, max_steps, None
         obs, action = arrays["obs"], arrays["action"]
         self.rows = [(i, Sim(t, s), obs[i, :t.obs_dim], action[i, :t.action_dim]) for i, t, s in zip(indices, tasks, seeds)]
+        self.parts = [[r for r in self.rows if p.start <= r[0] < p.stop] for p in parts or [slice(0, len(obs))]]
         self.elapsed = dict.fromkeys(indices, 0)
 
     def reset(self):
@@ -303,9 +362,12 @@ class _Share:
             sim.reset(obs)
             self.elapsed[i] = 0
 
-    def step(self):
+    def reseed(self):
+        for i, sim, *_ in self.rows: sim.reseed(int(self.arrays["seed"][i]))
+
+    def step(self, part:int=0):
         active, done, reward, elapsed = (*(self.arrays[k] for k in ("active", "done", "reward")), self.elapsed)
-        for i, sim, obs, action in self.rows:
+        for i, sim, obs, action in self.parts[part]:
             done[i] = False
             if not active[i]:
                 reward[i] = 0
@@ -319,8 +381,10 @@ class _Share:
                 elapsed[i], done[i] = 0, True
 
     def do(self, letter:bytes):
-        "What the parent asked for."
-        self.step() if letter == b"s" else self.reset()
+        "What the parent asked for: new seeds, a reset, or the step of a group."
+        t0 = time.thread_time()
+        self.step(letter[1]) if letter[:1] == b"s" else self.reset() if letter == b"r" else self.reseed()
+        self.arrays["busy"][self.rows[0][0]] += time.thread_time() - t0
 
 # %% ../nbs/03_envs.ipynb #66ce94cc
 def _work(
@@ -335,7 +399,9 @@ def _work(
     poll = select.poll(); poll.register(fd, select.POLLIN)
     try:
         n, *rest = conn.recv()
+        _quick_rewards()
         share = _Share(_arrays(memory, n), *rest)
+        gc.collect(); gc.freeze() # What lives as long as we do need not be searched again
         conn.send_bytes(b"k")
         while True:
             while not poll.poll(5000):
@@ -384,19 +450,28 @@ class VecEnv:
         seeds,                        # An int for each
         num_workers:int|None=None,    # Processes; None takes one a core, 0 steps in this process
         max_steps:int=EPISODE_LENGTH, # Decisions until an episode is truncated and the next one starts
+        groups:int=1,                 # Groups of neighbours that can be stepped by themselves, see `step_async`
     ):
         self.specs = [_one(t) for t in (task_set(tasks) if isinstance(tasks, str) else tasks)]
         self.seeds, self.num_envs, self.max_steps = [int(s) for s in seeds], len(self.specs), max_steps
         if not self.specs or len(self.seeds) != self.num_envs: raise ConfigError(f"VecEnv needs tasks and a seed for each; got {self.num_envs} tasks and {len(self.seeds)} seeds.")
         if max_steps < 1: raise ConfigError(f"max_steps must be at least 1, not {max_steps}.")
         if num_workers is None: num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.task = np.array([t.index for t in self.specs])
-        self.shares = assign(self.specs, max(1, min(num_workers, self.num_envs)))
+        if not 1 <= groups <= 255: raise ConfigError(f"groups must be from 1 to 255, not {groups}.")
+        self.task, ends = np.array([t.index for t in self.specs]), np.linspace(0, self.num_envs, min(groups, self.num_envs) + 1).astype(int).tolist()
+        self.parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
+        dealt = [assign(self.specs[p], max(1, min(num_workers, self.num_envs))) for p in self.parts]
+        shares = zip(*(d[::-1] if g % 2 else d for g, d in enumerate(dealt)))  # Who has the larger half of a group has the smaller one of the next
+        self.shares = [s for share in shares if (s := [p.start + i for p, mine in zip(self.parts, share) for i in mine])]
         self._begin(in_process=num_workers == 0)
 
     def close(self):
         "End the workers; closing twice does no harm."
         self._end()
+    @property
+    def busy(self) -> float:
+        "Seconds of processor time that the physics has taken so far, over all workers."
+        return float(self.arrays["busy"].sum())
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
     def __repr__(self): return f"VecEnv({self.num_envs} environments of {len(set(self.specs))} tasks, {len(self.workers)} workers)"
@@ -406,9 +481,9 @@ class VecEnv:
 def _begin(self:VecEnv, in_process:bool):
     "Map the memory, start the workers and wait until they have built their environments."
     file = tempfile.TemporaryFile(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    self.arrays, self.workers, self.pending, self.share, self.started = _arrays(file.fileno(), self.num_envs), [], None, None, False
+    self.arrays, self.workers, self.pending, self.share, self.started = _arrays(file.fileno(), self.num_envs), [], [], None, False
     self._end = weakref.finalize(self, _stop, self.workers, file)
-    mine = lambda ids: (ids, [self.specs[i] for i in ids], [self.seeds[i] for i in ids], self.max_steps)
+    mine = lambda ids: (ids, [self.specs[i] for i in ids], [self.seeds[i] for i in ids], self.max_steps, self.parts)
     if in_process:
         self.share = _Share(self.arrays, *mine(self.shares[0]))
         return
@@ -447,22 +522,23 @@ def _receive(self:VecEnv, w:int):
 def _ask(self:VecEnv, letter:bytes):
     "Send every worker the same request."
     if not self._end.alive: raise RuntimeError("This VecEnv is closed.")
-    if self.pending: raise RuntimeError("A step is under way; call step_wait() first.")
+    if letter in self.pending or self.pending and letter[:1] + self.pending[0][:1] != b"ss": raise RuntimeError("A step is under way; call step_wait() first.")
     try:
         for w in range(len(self.workers)): self._send(w, letter)
-        self.pending = letter
+        self.pending.append(letter)
     except BaseException:
         self.close()
         raise
 
 @patch
-def _finish(self:VecEnv):
-    "Wait until every worker has done what was asked."
+def _finish(self:VecEnv, letter:bytes|None=None):
+    "Wait until every worker has done what was asked first, which is `letter` if given."
     if not self.pending: raise RuntimeError("No step is under way; call step_async() first.")
+    if letter not in (None, self.pending[0]): raise RuntimeError(f"Steps end in the order in which they were started; wait for group {self.pending[0][1]} first.")
     try:
-        if self.share: self.share.do(self.pending)
+        if self.share: self.share.do(self.pending[0])
         for w in range(len(self.workers)): self._receive(w)
-        self.pending = None
+        self.pending.pop(0)
     except BaseException:
         self.close()
         raise
@@ -475,29 +551,55 @@ def reset(self:VecEnv) -> np.ndarray: # obs float32 `[N, 24]`
     self.started = True
     return self.arrays["obs"].copy()
 
+@patch
+def reseed(self:VecEnv,
+    seeds, # An int for each environment
+):
+    "Start all random states again; the next `reset` equals that of a new `VecEnv`, without building it."
+    if len(seeds := [int(s) for s in seeds]) != self.num_envs: raise ConfigError(f"{self.num_envs} environments need as many seeds, not {len(seeds)}.")
+    self.arrays["seed"][:] = seeds
+    self._ask(b"n")
+    self._finish()
+    self.seeds, self.started = seeds, False
+
 # %% ../nbs/03_envs.ipynb #d7c8ec43
 @patch
 def step_async(self:VecEnv,
     action:np.ndarray,            # float32 `[N, 6]` in [-1, 1]; entries that a task does not have are ignored
     active:np.ndarray|None=None,  # bool `[N]`; False leaves an environment as it is
+    group:int=0,                  # Which group; N is how many it has
 ):
-    "Start a step and return at once."
-    if np.shape(action) != (self.num_envs, MAX_ACTION): raise ValueError(f"action has shape {np.shape(action)}, expected {(self.num_envs, MAX_ACTION)}.")
-    if self.pending: raise RuntimeError("A step is under way; call step_wait() first.")
+    "Start a step of a group and return at once."
+    p, letter = self._part(group), bytes([*b"s", group])
+    n = p.stop - p.start
+    if np.shape(action) != (n, MAX_ACTION): raise ValueError(f"action has shape {np.shape(action)}, expected {(n, MAX_ACTION)}.")
+    if letter in self.pending: raise RuntimeError("A step is under way; call step_wait() first.")
     if not self.started: raise RuntimeError("Call reset() before the first step.")
-    self.arrays["action"][:] = action
-    self.arrays["active"][:] = True if active is None else active
-    self._ask(b"s")
+    self.arrays["action"][p] = action
+    self.arrays["active"][p] = True if active is None else active
+    self._ask(letter)
 
 @patch
-def step_wait(self:VecEnv) -> tuple: # obs float32 `[N, 24]`, reward float32 `[N]`, done bool `[N]`, info
-    "Finish a step. Where `done`, `obs` is the next episode's first and `info['final_obs']` the ended one's last."
-    self._finish()
-    a = self.arrays
+def _part(self:VecEnv, group:int) -> slice:
+    "The rows of a group."
+    if not 0 <= group < len(self.parts): raise IndexError(f"There are {len(self.parts)} groups, no number {group}.")
+    return self.parts[group]
+
+@patch
+def step_wait(self:VecEnv, group:int=0) -> tuple: # obs float32 `[N, 24]`, reward float32 `[N]`, done bool `[N]`, info
+    "Finish a step of a group. Where `done`, `obs` is the next episode's first and `info['final_obs']` the ended one's last."
+    p = self._part(group)
+    self._finish(bytes([*b"s", group]))
+    a = {k: v[p] for k, v in self.arrays.items()}
     return a["obs"].copy(), a["reward"].copy(), a["done"].copy(), dict(final_obs=a["final_obs"].copy()) if a["done"].any() else {}
 
 @patch
 def step(self:VecEnv, action:np.ndarray, active:np.ndarray|None=None) -> tuple:
-    "`step_async` and `step_wait`."
-    self.step_async(action, active)
-    return self.step_wait()
+    "`step_async` and `step_wait`, for all groups."
+    all_are, out = np.shape(action) == (self.num_envs, MAX_ACTION), []
+    if not all_are: raise ValueError(f"action has shape {np.shape(action)}, expected {(self.num_envs, MAX_ACTION)}.")
+    for g, p in enumerate(self.parts): self.step_async(action[p], None if active is None else np.asarray(active)[p], g)
+    out = [self.step_wait(g) for g in range(len(self.parts))]
+    if len(out) == 1: return out[0]
+    info = dict(final_obs=self.arrays["final_obs"].copy()) if any(o[3] for o in out) else {}
+    return *(np.concatenate(x) for x in zip(*(o[:3] for o in out))), info

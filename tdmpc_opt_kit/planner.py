@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAN_PRESETS', 'PlanConfig', 'plan_config', 'Folded', 'Imagination', 'Rollouts', 'has_kernels', 'packed',
-           'KernelRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'draw_noise', 'draw_heads', 'plan']
+           'policy_net', 'KernelRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'draw_noise', 'draw_heads', 'plan']
 
 # %% ../nbs/14_planner.ipynb #de743648
 import weakref
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import ConfigError, from_preset, nearest, override
-from .kernels import PRECISIONS, Imagined, Net, fits, sampled
+from .kernels import PRECISIONS, Imagined, Net, Watch, fits, kernels
 from .layers import simnorm
 from .tasks import discount
 from .twohot import bins, symexp
@@ -204,7 +204,7 @@ def value(self:Rollouts,
     return sum(self.scalar(self.q_heads[k](z, action.to(self.dtype))) for k in heads) / len(heads)
 
 # %% ../nbs/14_planner.ipynb #0545bf2b
-_packed = weakref.WeakKeyDictionary()  # model -> {precision: (key, Net)}
+_packed = weakref.WeakKeyDictionary()  # model -> {precision: (Net, Watch of the policy, Watch of the rest)}
 
 def has_kernels(
     model:WorldModel, # To plan with
@@ -213,24 +213,25 @@ def has_kernels(
     w, c = model.reward_head[0].weight, model.cfg
     return w.device.type == "cpu" and w.dtype == torch.float32 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
 
-@torch.no_grad()
 def packed(
     model:WorldModel,        # For which `has_kernels` holds
     precision:str="float32", # A name in `PRECISIONS`
 ) -> Net:
     "The model's weights as the kernels want them."
-    emb, tensors = model.task_emb, []
-    for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head, model.q_heads): _tensors(m, tensors)
-    key = [(t.data_ptr(), t._version) for t in tensors], sampled(tensors), None if emb is None else emb.weight.detach().numpy().tobytes()
     have = _packed.setdefault(model, {})
-    if precision not in have or have[precision][0] != key: have[precision] = key, _pack(model, precision)
-    return have[precision][1]
+    if precision not in have or not all(w.same() for w in have[precision][1:]):
+        have[precision] = _pack(model, precision), Watch(model, ("encoder", "pi_head"), content="task_emb"), Watch(model, ("dynamics", "reward_head", "q_heads"))
+    return have[precision][0]
 
-def _tensors(m, out:list):
-    "A module's parameters; `Module.parameters` would take longer than the policy."
-    out += [p for p in m._parameters.values() if p is not None]
-    for c in m._modules.values(): _tensors(c, out)
+def policy_net(
+    model:WorldModel, # Any
+) -> Net|None:
+    "The same for the policy alone: the rest of the net may be out of date. None if the model has no kernels."
+    have = _packed.get(model, {}).get("float32")
+    if have is not None and have[1].same() and kernels() is not None: return have[0]
+    return packed(model) if has_kernels(model) else None
 
+@torch.no_grad()
 def _pack(model:WorldModel, precision:str) -> Net:
     "The task's columns of each first layer go into its bias, one row a task."
     c, T = model.cfg, model.cfg.task_dim

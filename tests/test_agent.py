@@ -320,3 +320,37 @@ def test_same_seed_same_episode(specialists, mode):
     one, two = run(0), run(0)
     np.testing.assert_array_equal(one, two)
     assert (run(1) != one).any()
+
+
+@pytest.mark.parametrize("change", ["data", "parameter", "module", "optimizer", "embedding", "load", "double"])
+def test_policy_notices_changed_weights(change):
+    "However they change, between two actions of the same agent."
+    model = make_model(size="1M").requires_grad_(True)
+    agent, obs, task, first = make_agent(model, "policy"), torch.randn(2, 24), torch.tensor([3, 12]), torch.zeros(2, dtype=torch.bool)
+    before = agent.act(obs, task, first)
+    assert torch.equal(agent.act(obs, task, first), before)
+    if change == "data": model.pi_head[0].weight.data.mul_(1.1)
+    if change == "parameter": model.pi_head[-1].bias = torch.nn.Parameter(model.pi_head[-1].bias.detach() + .1)
+    if change == "module": model.encoder = copy.deepcopy(make_model(seed=5, size="1M").encoder)
+    if change == "optimizer":
+        model.pi(model.encode(obs, task), task, torch.zeros(2, 6)).mean.sum().backward()
+        torch.optim.SGD(model.parameters(), 1.).step()
+    if change == "embedding": model.task_emb.weight.data[12, 3] += .3
+    if change == "load": model.load_state_dict(make_model(seed=5, size="1M").state_dict())
+    if change == "double": model.double()
+    after = agent.act(obs, task, first)
+    with torch.no_grad(): want = model.pi(model.encode(obs.to(model.pi_head[-1].bias), task), task).mean.float()
+    torch.testing.assert_close(after, want, atol=1e-5, rtol=0)
+    assert change == "double" or not torch.equal(after, before)
+
+
+def test_policy_of_a_row_is_its_own(model, specialists):
+    "Independent agents: a row's action does not depend on the others, nor on how many there are."
+    obs, task, first = torch.randn(70, 24), torch.arange(70) % 30, torch.ones(70, dtype=torch.bool)
+    agent = make_agent(model, "policy")
+    every = agent.act(obs, task, first)
+    for rows in ([0], [5, 40], list(range(33))):
+        active = torch.zeros(70, dtype=torch.bool)
+        active[rows] = True
+        torch.testing.assert_close(agent.act(obs, task, first, active)[rows], every[rows], atol=1e-6, rtol=0)
+        torch.testing.assert_close(agent.act(obs[rows], task[rows], first[rows]), every[rows], atol=1e-6, rtol=0)

@@ -12,7 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from tdmpc_opt_kit.config import ConfigError
-from tdmpc_opt_kit.envs import Sim, VecEnv, WorkerError, _build, assign, make_env, render_backend, render_episode
+from tdmpc_opt_kit.envs import Sim, VecEnv, WorkerError, _build, _quick, assign, make_env, render_backend, render_episode
 from tdmpc_opt_kit.tasks import ACTION_REPEAT, EPISODE_LENGTH, MT30
 
 each_task = pytest.mark.parametrize("task", MT30, ids=lambda t: t.name)
@@ -73,6 +73,60 @@ def test_equals_dm_control(task):
         steps = [plain.step(a.astype(np.float64)) for _ in range(ACTION_REPEAT)]
         np.testing.assert_array_equal(obs, flat(steps[-1]))
         assert reward == sum(s.reward for s in steps)
+
+
+def test_workers_equal_dm_control():
+    "In workers rewards have a quicker `tolerance`; every task, to the last bit, in groups too."
+    steps, plain = 25, [_build(t, 2) for t in MT30]
+    flat = lambda step: np.concatenate([np.ravel(v) for v in step.observation.values()]).astype(np.float32)
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, 30, 6)).astype(np.float32)
+    with VecEnv(MT30, [2] * 30, num_workers=2, groups=2) as vec:
+        obs = vec.reset()
+        for t, env in zip(MT30, plain): np.testing.assert_array_equal(obs[t.index, :t.obs_dim], flat(env.reset()))
+        for a in actions:
+            obs, reward, *_ = vec.step(a)
+            for t, env in zip(MT30, plain):
+                got = [env.step(a[t.index, :t.action_dim].astype(np.float64)) for _ in range(ACTION_REPEAT)]
+                np.testing.assert_array_equal(obs[t.index, :t.obs_dim], flat(got[-1]))
+                assert reward[t.index] == np.float32(sum(s.reward for s in got)), t.name
+
+
+def test_quick_tolerance():
+    "Equal to dm_control's at, near and far from bounds, for numbers and arrays, and where it raises."
+    from dm_control.utils.rewards import tolerance as exact
+    quick, inf = _quick(exact), float("inf")
+    special = [0., 1., -1., np.nextafter(1, 2), np.nextafter(1, 0), 1e-300, 1e300, inf, -inf, np.nan]
+    xs = special + list(np.random.default_rng(1).normal(0, 3, 2000))
+    for kw in (dict(), dict(margin=2), dict(bounds=(1, 1), margin=1), dict(bounds=(1, inf), margin=.5, value_at_margin=.5, sigmoid="linear"), dict(bounds=(0, np.float64(.3))),
+               dict(bounds=(-.5, .5), margin=.5, value_at_margin=0, sigmoid="linear"), dict(margin=1, value_at_margin=0, sigmoid="quadratic"), dict(bounds=(.6, 2), margin=np.float64(.3))):
+        with np.errstate(all="ignore"):
+            for x in xs:
+                for v in (float(x), np.float64(x), np.array([x])):
+                    a, b = quick(v, **kw), exact(v, **kw)
+                    assert type(a) is type(b) and np.array_equal(a, b, equal_nan=True), (x, kw)
+            np.testing.assert_array_equal(quick(np.array(xs), **kw), exact(np.array(xs), **kw))
+    for kw in (dict(bounds=(1, 0)), dict(margin=-1), dict(margin=1, value_at_margin=1.5), dict(margin=1, sigmoid="none"), dict(margin=1, value_at_margin=0)):
+        for f in (quick, exact):
+            with pytest.raises(ValueError): f(2., **kw)
+
+
+def test_groups():
+    "Any number of groups and workers, the same episodes; reseeding equals a new start."
+    names, seeds, actions = ["walker-walk", "cup-catch", "pendulum-spin", "hopper-hop", "cup-spin"], range(5), np.random.default_rng(0).uniform(-1, 1, (9, 5, 6)).astype(np.float32)
+    def play(vec): return [vec.reset()] + [x for a in actions for x in vec.step(a)[:3]]
+    with VecEnv(names, seeds, num_workers=0, max_steps=4) as vec: want = play(vec)
+    for workers, groups in ((0, 3), (1, 2), (3, 2), (2, 9)):
+        with VecEnv(names, [9] * 5, num_workers=workers, max_steps=4, groups=groups) as vec:
+            assert sorted(sum(vec.shares, [])) == list(range(5)) and len(vec.parts) == min(groups, 5)
+            other = play(vec)
+            assert (other[0] != want[0]).any()
+            vec.reseed(seeds)
+            with pytest.raises(RuntimeError, match="reset"): vec.step_async(np.zeros((vec.parts[0].stop, 6)))
+            for a, b in zip(play(vec), want): np.testing.assert_array_equal(a, b)
+            assert vec.busy > 0
+            with pytest.raises(IndexError, match="groups"): vec.step_wait(9)
+            with pytest.raises(ConfigError, match="seeds"): vec.reseed([1])
+    with pytest.raises(ConfigError, match="groups"): VecEnv(names, seeds, groups=0)
 
 
 def test_episode_length():

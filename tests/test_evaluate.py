@@ -10,8 +10,8 @@ from tdmpc_opt_kit.agent import PlanAgent, RandomAgent, TaskModels, make_agent
 from tdmpc_opt_kit.checkpoint import save_world_model
 from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.envs import make_env
-from tdmpc_opt_kit.evaluate import (EVALUATE_PRESETS, PUBLISHED, EvaluateConfig, Report, compare, data_dir, difference, evaluate, evaluate_config,
-                                    find_checkpoint, fingerprint, interval, load_models, published, separate)
+from tdmpc_opt_kit.evaluate import (EVALUATE_PRESETS, PUBLISHED, EvaluateConfig, Report, compare, compare_runs, data_dir, difference, equal_return, evaluate, evaluate_config,
+                                    find_checkpoint, fingerprint, interval, load_models, paired, published, separate)
 from tdmpc_opt_kit.planner import plan_config
 from tdmpc_opt_kit.tasks import MT30, task_set
 from tdmpc_opt_kit.world_model import WorldModel, model_size
@@ -38,6 +38,75 @@ def test_same_numbers_whatever_the_workers(mode, explore):
     same(a, evaluate(tiny(), **kw))
     same(a, evaluate(tiny(), **kw | dict(num_workers=2)))
     assert any((a.returns[t] != evaluate(tiny(), **kw | dict(seed=1)).returns[t]).any() for t in a.tasks)
+
+
+@pytest.mark.parametrize("mode", ["policy", "plan"])
+def test_groups_take_turns(mode):
+    "A policy's returns do not depend on the groups; a planner's draws do, and are the same for any workers."
+    kw = dict(tasks="cup-catch,walker-walk,pendulum-spin", episodes=2, mode=mode, plan_config="tiny", **FEW)
+    one, two, again = (evaluate(tiny(), **kw | k) for k in (dict(groups=1), dict(groups=2), dict(groups=2, num_workers=2)))
+    same(two, again)
+    if mode == "policy":
+        for t in one.tasks: np.testing.assert_allclose(one.returns[t], two.returns[t], atol=1e-4)
+    assert one.seconds["overlap"] == 0 < two.seconds["overlap"] <= two.seconds["agent"] <= two.seconds["total"] and two.seconds["physics"] > 0
+    assert evaluate(tiny(), **kw).seconds["overlap"] == 0 if mode == "plan" else True  # As before there were groups
+
+
+def test_threads_are_given_back():
+    n = torch.get_num_threads()
+    seen = []
+    class Light(RandomAgent):
+        light = True
+        def choose(self, *args): seen.append(torch.get_num_threads()); return super().choose(*args)
+    evaluate(Light(), "cup-catch", 1, **FEW)
+    assert set(seen) == {1} and torch.get_num_threads() == n
+
+
+def test_rounds_of_earlier_versions(tmp_path):
+    "Their record goes on, and their time is still told."
+    kw = dict(tasks="cup-catch", episodes=4, num_envs=2, mode="plan", plan_config="tiny", out=tmp_path/"rounds.json", **FEW)
+    whole = evaluate(tiny(), **kw)
+    got = json.loads((tmp_path/"rounds.json").read_text())
+    del got["settings"]["groups"]
+    got["rounds"] = [dict(returns=r["returns"], agent=2., physics=1., decisions=r["decisions"]) for r in got["rounds"][:1]]
+    (tmp_path/"rounds.json").write_text(json.dumps(got))
+    with pytest.raises(ConfigError, match="groups = "): evaluate(tiny(), **kw | dict(groups=2))
+    on = evaluate(tiny(), **kw)
+    same(on, whole)
+    assert on.seconds["agent"] > 2 and on.seconds["waited"] > 1 and on.seconds["physics"] is None
+    assert Report.from_dict(json.loads(json.dumps(on.to_dict()))).seconds == on.seconds
+
+
+def test_paired_difference():
+    "Finds what is hidden by good and bad starts, has the right width, and refuses what is not paired."
+    rng = np.random.default_rng(0)
+    starts = {t: rng.normal(m, 200, 40) for t, m in (("walker-walk", 500), ("cup-catch", 700))}
+    report = lambda by, noise, **kw: Report({t: r + by + rng.normal(0, noise, 40) for t, r in starts.items()}, "plan", **kw)
+    a, b = report(10, 20), report(0, 20)
+    d = paired(a, b)
+    assert d.low < 10 < d.high and d.low > 0 and difference(a, b).low < 0 < difference(a, b).high
+    gaps = np.concatenate([(a.returns[t] - b.returns[t]) for t in a.tasks])
+    assert d.mean == pytest.approx(gaps.mean()) and (d.high - d.low) == pytest.approx(2 * 1.96 * gaps.std() / 80**.5, rel=.15)
+    assert paired(b, a).mean == -d.mean and paired(a, a)[:3] == (0, 0, 0)
+    assert equal_return(a, b).equal and not equal_return(a, b, margin=0.01).equal and not equal_return(report(-25, 20), b).equal
+    assert "not shown to be equal" in str(equal_return(report(0, 400), b))  # Too few episodes to tell
+    other = Report({t: r[:39] for t, r in b.returns.items()}, "plan")
+    for r, word in ((other, "episodes"), (report(0, 1, seed=2), "seed"), (report(0, 1, max_steps=9), "max_steps"), (Report({"cup-spin": [1.]}, "plan"), "tasks")):
+        with pytest.raises(ConfigError, match=f"differ in {word}"): paired(a, r)
+    one = Report({"cup-catch": [500.]}, "plan")
+    assert not equal_return(one, one).equal and "single episode" in str(equal_return(one, one))
+
+
+def test_compare_runs(tmp_path):
+    r = Report({"cup-catch": [500., 510.], "cup-spin": [300., 290.]}, "plan")
+    for name in "ab":
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"report.json").write_text(json.dumps(dict(scores=dict(agent=dict(plan=r.to_dict(), policy=None)))))
+    assert compare_runs(tmp_path/"a", tmp_path/"b"/"report.json").equal
+    with pytest.raises(ConfigError, match="policy"): compare_runs(tmp_path/"a", tmp_path/"b", mode="policy")
+    with pytest.raises(ConfigError, match="no such report"): compare_runs(tmp_path/"a", tmp_path/"c")
+    (tmp_path/"b"/"report.json").write_text("[]")
+    with pytest.raises(ConfigError, match="not a report"): compare_runs(tmp_path/"a", tmp_path/"b")
 
 
 def test_global_random_state_is_left_alone():
