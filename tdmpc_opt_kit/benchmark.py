@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .agent import make_agent
 from .config import ConfigError
-from .data import Batch, Sampler, Store, collect, convert_chunks, pack_rows
+from .data import Batch, Sampler, Store, collect, convert_chunks
 from .distill import reward_distill_loss
 from .evaluate import evaluate
 from .kernels import PRECISIONS, kernels
