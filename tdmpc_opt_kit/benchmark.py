@@ -6,7 +6,8 @@
 __all__ = ['Timing', 'paired', 'ceilings', 'plan_flops', 'update_flops', 'PlainRollouts', 'PlainModel', 'reference_baseline',
            'bench_plan', 'bench_policy', 'random_batch', 'bench_update', 'bench_teacher', 'synthetic_store',
            'resident_mb', 'memory_mb', 'apart', 'sample_stores', 'bench_sampler', 'synthetic_chunk', 'convert_once',
-           'bench_convert', 'bare_dm_control', 'bench_play', 'bench_evaluate', 'bench_collect', 'table']
+           'bench_convert', 'bench_threads', 'plan_memory', 'bench_memory', 'bare_dm_control', 'bench_play',
+           'bench_evaluate', 'bench_collect', 'table']
 
 # %% ../nbs/42_benchmark.ipynb #ed9b806c
 import contextlib, copy, importlib.util, json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -408,6 +409,45 @@ def bench_convert(
         rows.append(_row(f"chunk of {mb:.0f} MB, {dtype}, to a store, one core", t) | dict(floor_ms=statistics.median(d["floor"] for d in done),
                     also={"MB/s": mb / t.median * 1e3, "MB at the peak": max(d["peak"] for d in done)}))
     return rows
+
+# %% ../nbs/42_benchmark.ipynb #42b00001
+def bench_threads(
+    model:WorldModel,                 # On the CPU
+    cfg:PlanConfig=PlanConfig(),
+    pairs:int=8,                      # Of different tasks, planned at once
+    turns:int=5,
+) -> list:                            # Rows, by precision with one thread and with all; `times_baseline` is against one
+    "What threads bring to a batch of plans."
+    n, most = 1 if model.tasks is None else len(model.tasks), torch.get_num_threads()
+    obs, task, state = torch.randn(pairs, model.cfg.obs_dim), torch.arange(pairs) * 4 % n, PlanState(torch.zeros(pairs, cfg.horizon, model.cfg.action_dim))
+    def one(precision, threads):
+        c = PlanConfig(**{**cfg.__dict__, "precision": precision})
+        def f():
+            torch.set_num_threads(threads)
+            plan(model, obs, task, state, c)
+        return f
+    precisions = [p for p in PRECISIONS if kernels() is not None or p in ("float32", "bfloat16")]
+    try: t = paired({(p, k): one(p, k) for p in precisions for k in dict.fromkeys((1, most))}, turns, 1)
+    finally: torch.set_num_threads(most)
+    return [_row(f"plan, {p}, each of {pairs} pairs, {k} thread{'s' * (k > 1)}", t[p, k], pairs, None if k == 1 else Timing(t[p, 1].median / pairs, 0, 0, turns)) for p, k in t]
+
+def plan_memory(
+    size:str="1M",             # A name in `SIZES`
+    pairs:int=300,             # Planned at once
+    precision:str="float32",
+) -> dict:                     # Milliseconds of the call, megabytes before it and at the peak
+    "Memory of this process around one large batch of plans; to be run `apart`."
+    m, cfg = WorldModel(model_size(size)).eval().requires_grad_(False), PlanConfig(precision=precision)
+    obs, task = torch.randn(pairs, m.cfg.obs_dim), torch.arange(pairs) % len(MT30)
+    plan(m, obs[:1], task[:1], None, cfg)
+    before, t0 = resident_mb(), time.perf_counter()
+    plan(m, obs, task, None, cfg)
+    return dict(ms=1e3 * (time.perf_counter() - t0), before=before, peak=memory_mb())
+
+def bench_memory(size:str="1M", pairs:int=300, precision:str="float32") -> list: # A row
+    "`plan_memory` in a process of its own."
+    d = apart("plan_memory", size=size, pairs=pairs, precision=precision)
+    return [_row(f"{pairs} pairs at once, {precision}", Timing(d["ms"], d["ms"], d["ms"], 1)) | dict(also={"MB before": d["before"], "MB at the peak": d["peak"]})]
 
 # %% ../nbs/42_benchmark.ipynb #7e0c52fa
 _BARE = """
