@@ -357,9 +357,9 @@ def _one(self:GraphLearner,
     for p, g in zip(l.params, torch.autograd.grad(total, l.params, allow_unused=True)): p.grad = _like(p, g)
     norm = _clip([p for p in l.params if p.grad is not None], c.grad_clip)
     l.opt.step()
-    _renorm(m.task_emb)
     stats = losses | dict(total_loss=total.detach(), grad_norm=norm)
     if c.pi_coef:
+        _renorm(m.task_emb)
         loss, scale, entropy = policy(m, c, l.scale.tau, l.scale.value, x, zs)
         for p, g in zip(l.pi_params, torch.autograd.grad(c.pi_coef * loss, l.pi_params)): p.grad = _like(p, g) if p.grad is None else p.grad + g
         with torch.no_grad(): l.scale.value.copy_(scale)
@@ -516,6 +516,7 @@ class DeviceTeaching(Teaching):
         self.to_local = torch.zeros(30, dtype=torch.int64)
         for mt30, own in self.local.items(): self.to_local[mt30] = own
         self.to_local = self.to_local.to(self.device)
+        self.begun = time.perf_counter(), self.decisions, self.learner.step  # Of this call
 
     def learn(self) -> dict:
         "The updates that are due, in whole recordings; nothing waits for them."
