@@ -351,7 +351,7 @@ def _one(self:GraphLearner,
     "One update, as `Learner.update`."
     l, x, (world, policy) = self.learner, Inputs(*(None if t is None else t[u] for t in self.inputs)), self.parts or (world_part, policy_part)
     m, c = l.model, l.cfg
-    for i, g in enumerate([*l.opt.param_groups, *l.pi_opt.param_groups]): g["lr"] = self.rates[u, i] if l.device.type == "cuda" else float(self.rates[u, i])
+    for i, g in enumerate([*l.opt.param_groups, *l.pi_opt.param_groups]): g["lr"] = float(self.rates[u, i]) if l.device.type == "cpu" else self.rates[u, i]
     _renorm(m.task_emb)
     total, losses, zs = world(m, c, self.coefs, x)
     for p, g in zip(l.params, torch.autograd.grad(total, l.params, allow_unused=True)): p.grad = _like(p, g)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdmpc_opt_kit import gpu_jobs, planner
+from tdmpc_opt_kit import gpu, gpu_jobs, planner
 from tdmpc_opt_kit.agent import TaskModels
 from tdmpc_opt_kit.checkpoint import load_world_model
 from tdmpc_opt_kit.config import ConfigError
@@ -13,7 +13,7 @@ from tdmpc_opt_kit.distill import RECIPES, Distill
 from tdmpc_opt_kit.gpu import DeviceBatch, GraphLearner, _like
 from tdmpc_opt_kit.gpu_jobs import CHECKS, main, pack, unpack, way
 from tdmpc_opt_kit.layers import plain_layers
-from tdmpc_opt_kit.planner import GraphRollouts, PlanConfig, PlanGraph, draw_noise, plan, plan_config
+from tdmpc_opt_kit.planner import GraphRollouts, PlanConfig, PlanGraph, PlanNoise, draw_noise, plan, plan_config
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.world_model import WorldModel, model_size
 
@@ -136,6 +136,47 @@ def test_the_published_student_planned_as_on_a_gpu(reference):
     a, b = (plan(m, obs, task, None, cfg, noise=noise)[2] for m in (model, gpu_jobs._Planned(model, "eager")))
     assert (a.values[:, 0] - b.values[:, 0]).abs().max() <= 1e-4 * a.values[:, 0].abs().max()
     assert sum(float((x - y).abs().max()) <= 1e-2 for x, y in zip(a.mean[:, -1], b.mean[:, -1])) >= 3
+
+
+def on_meta(num_q, task_dim):
+    "A model whose tensors have no values: asking for one raises, and so does mixing devices."
+    return WorldModel(model_size("tiny", num_q=num_q, task_dim=task_dim), "mt30" if task_dim else "walker-walk").eval().to("meta")
+
+
+@pytest.mark.parametrize("num_q, task_dim", [(1, 8), (2, 0), (5, 8)])
+def test_a_plan_waits_for_no_value(num_q, task_dim):
+    cfg, m = plan_config("tiny"), on_meta(num_q, task_dim)
+    zeros = lambda *s, dtype=torch.float32: torch.zeros(*s, dtype=dtype, device="meta")
+    H, N, P, I = cfg.horizon, cfg.num_samples, cfg.num_pi_trajs, cfg.iterations
+    noise = PlanNoise(zeros(5, H, P, 6), zeros(5, I, H, N - P, 6), zeros(5, I, N, 6), zeros(I, min(num_q, 2), dtype=torch.int64))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(): info = planner._search(m, cfg, dtype, zeros(5, 24), zeros(5, dtype=torch.int64), zeros(5, H, 6), noise)
+        assert all(t.is_meta and t.dtype == torch.float32 for t in info if t is not None)
+
+
+@pytest.mark.parametrize("num_q, task_dim", [(1, 8), (2, 0), (5, 8)])
+def test_an_update_waits_for_no_value(num_q, task_dim, monkeypatch):
+    "All but the optimizers, whose fused form for a GPU is PyTorch's."
+    real, m = Learner(WorldModel(model_size("tiny")), TrainConfig()), on_meta(num_q, task_dim)
+    real.model, real.device, real.scale.value = m, torch.device("meta"), torch.ones((), device="meta")
+    real.params, real.pi_params = [p for p in m.parameters() if p.requires_grad], list(m.pi_head.parameters())
+    for opt, params in ((real.opt, real.params), (real.pi_opt, real.pi_params)):
+        opt.param_groups[0]["params"] = params
+        for g in opt.param_groups[1:]: g["params"] = []
+        monkeypatch.setattr(opt, "step", lambda: None)
+    fast = GraphLearner(real, 16, 3, 2, 0.45, 3.)
+    assert all(t.is_meta for t in fast._state())
+    with gpu._settings(fast): names, values = fast._run()
+    assert values.is_meta and {"reward_distill_loss", "policy_distill_loss", "pi_loss", "grad_norm"} <= set(names)
+
+
+def test_every_part_is_compiled_once():
+    "All rounds of a plan and all updates of a call share one function: compiling takes long on a GPU."
+    from torch._dynamo.utils import counters
+    for f in (gpu_jobs.check_plan, lambda d: gpu_jobs.check_update(d, updates=3)):
+        counters.clear()
+        f(CPU)
+        assert counters["stats"]["unique_graphs"] == 2
 
 
 def job(tmp_path, word, *args, out=None):
