@@ -271,7 +271,7 @@ class GraphLearner:
             zeros(horizon, batch_size, c.action_dim), zeros(horizon + 1, batch_size, c.action_dim), zeros(2, k, dtype=torch.int64),
             zeros(c.num_q, horizon * batch_size, W) if drop else None, zeros(k, (horizon + 1) * batch_size, W) if drop and learner.cfg.pi_coef else None,
             zeros(batch_size, 1) if reward_coef else None, zeros(horizon + 1, batch_size, c.action_dim) if policy_coef else None)
-        self.rates = torch.zeros(updates, 3, device=dev)
+        self.rates, self.rates_there = torch.zeros(updates, 3, device=dev), None
         self.how, self.graph, self.parts, self.held = None, None, None, []
 
     @property
@@ -443,7 +443,9 @@ def update(self:GraphLearner,
         l.set_rates()
         rates.append([float(g["lr"]) for g in [*l.opt.param_groups, *l.pi_opt.param_groups]])
         l.step += 1
-    self.rates.copy_(torch.tensor(rates))
+    if rates != self.rates_there:  # A copy from ordinary memory would wait for the device
+        self.rates.copy_(torch.tensor(rates).pin_memory() if l.device.type == "cuda" else torch.tensor(rates), non_blocking=True)
+        self.rates_there = rates
     with torch.inference_mode(False), _settings(self):
         state = self._state()
         if self.how is None or len(state) != len(self.held) or any(a is not b for a, b in zip(state, self.held)): self._prepare()

@@ -40,6 +40,7 @@ class Job:
         self.word, self.args, self.begun, self.small = word, args, time.monotonic(), args.small
         self.out, self.work, self.device = Path(args.out), Path(args.work), torch.device(pick_device(args.device))
         self.resume = None if args.resume is None else Path(args.resume)
+        if self.device.type == "cuda": torch.set_num_threads(min(4, torch.get_num_threads()))  # The cores belong to the physics
         self.out.mkdir(parents=True, exist_ok=True); self.work.mkdir(parents=True, exist_ok=True)
         self.record = dict(word=word, command=["python", "-m", "tdmpc_opt_kit.gpu_jobs", *argv], machine=machine(), device=str(self.device), small=self.small,
             versions=versions() | dict(cuda=torch.version.cuda), results={}, errors=[], seconds=0., finished=False)
@@ -356,7 +357,7 @@ def bench(job:Job):
         "update 1M, paper, tf32, recorded": lambda: bench_graph_updates(job, sampler, "1M", B, U, paper, "graph", "tf32", calls=calls),
         "policy": lambda: bench_policy_actions(job)}
     for name, f in steps.items():
-        job.attempt(name, f, 5 if job.small else 60 if "compiled" in name else 30)
+        job.attempt(name, f, 5 if job.small else 100 if "compiled" in name else 30)
         if job.device.type == "cuda": _graphs.clear(); torch.cuda.empty_cache()
     if job.device.type == "cuda": job.note("memory", dict(most_gb=torch.cuda.max_memory_allocated() / 2**30))
 
@@ -367,7 +368,7 @@ def _evaluated(job:Job, model, name:str, mode:str, episodes:int=10, explore:bool
     record = job.out/file
     if job.resume is not None and (job.resume/file).exists() and not record.exists(): shutil.copy(job.resume/file, record)
     t0 = time.perf_counter()
-    r = evaluate(model, tasks, 1 if job.small else episodes, mode, 0, explore, job.device, progress=False, plan_config="tiny" if job.small else None, num_envs=512, out=record, max_steps=8 if job.small else 500)
+    r = evaluate(model, tasks, 1 if job.small else episodes, mode, 0, explore, None, progress=False, plan_config="tiny" if job.small else None, num_envs=512, out=record, max_steps=8 if job.small else 500)
     d = r.to_dict()
     return {k: d[k] for k in ("mean", "low", "high", "episodes", "interval", "explore", "max_steps", "seconds")} | dict(wall_seconds=time.perf_counter() - t0, tasks={t: m for t, m in r.means.items()})
 
@@ -377,11 +378,17 @@ def eval_(job:Job):
     if job.args.checkpoint is None and not small: raise ConfigError("eval needs --checkpoint FILE, for example the published student.")
     model, tasks = (_made(0), "pendulum-spin,cup-catch") if small else (load_teachers(job.args.checkpoint, job.device), "pendulum-spin,cup-catch" if job.small else None)
     if small: model = model.to(job.device)
+    def warm():
+        models = TaskModels(model)
+        specs = [s for s in (task_set(tasks) if tasks else models.tasks) for _ in range(1 if job.small else 10)]
+        agent = make_agent(models, "plan", plan_config=plan_config("tiny" if job.small else "published"))
+        for _ in range(3): agent.act(torch.zeros(len(specs), 24), torch.tensor([s.index for s in specs]), torch.ones(len(specs), dtype=torch.bool))
+        return dict(pairs=len(specs), how=_hows(models.models[0]) or ["plain"])
+    job.attempt("compiling and recording", warm)  # Its time is no part of the evaluation's
     job.attempt("plan", lambda: _evaluated(job, model, "eval", "plan", tasks=tasks))
     job.attempt("policy", lambda: _evaluated(job, model, "eval", "policy", tasks=tasks))
     took = job.record["results"].get("plan", {}).get("wall_seconds", 0)
     job.attempt("plan, exploring", lambda: _evaluated(job, model, "eval", "plan", explore=True, tasks=tasks), 1.2 * took + 10)
-    if job.device.type == "cuda": job.note("how", _hows(next(iter(_graphs), None)) if len(_graphs) else "plain")
 
 # %% ../nbs/61_gpu_jobs.ipynb #b15f7c08
 def _come_back(run:Path, resume, state:dict|None):
@@ -466,6 +473,10 @@ def distilled(job:Job, recipe:str, sampler:DeviceSampler, steps:int, reserve:flo
     else: pack(learner.state_dict(), job.out, recipe)
     return told
 
+def _recorded(job:Job, model, name:str, mode:str, tasks) -> dict:
+    "An evaluation by recordings without the compiler, which would take longer than it saves."
+    with way("graph"): return _evaluated(job, model, name, mode, tasks=tasks)
+
 def student(job:Job):
     "Collect, annotate, distil three ways, evaluate."
     if job.args.teacher is None and not job.small: raise ConfigError("student needs --teacher FILE: teacher.safetensors of the job `teacher`.")
@@ -489,9 +500,9 @@ def student(job:Job):
         for mode in ("policy", "plan"):
             file = job.out/f"{r}_fp16.safetensors"
             if f"{r}, {mode}" in have or not file.exists(): continue
-            job.attempt(f"{r}, {mode}", lambda: _evaluated(job, load_teachers(file, job.device), r, mode, tasks=tasks), 2 if job.small else 30 if mode == "policy" else 120)
+            job.attempt(f"{r}, {mode}", lambda: _recorded(job, load_teachers(file, job.device), r, mode, tasks), 2 if job.small else 30 if mode == "policy" else 120)
     for mode in ("policy", "plan"):
-        if f"teacher, {mode}" not in have: job.attempt(f"teacher, {mode}", lambda: _evaluated(job, teachers, "teacher", mode, tasks=tasks), 2 if job.small else 30 if mode == "policy" else 240)
+        if f"teacher, {mode}" not in have: job.attempt(f"teacher, {mode}", lambda: _recorded(job, teachers, "teacher", mode, tasks), 2 if job.small else 30 if mode == "policy" else 240)
     scores = {a: {m: {k: have[f"{a}, {m}"][k] for k in ("mean", "low", "high", "episodes")} if f"{a}, {m}" in have else None for m in ("plan", "policy")} for a in ("teacher", *agents)}
     write_json(job.out/"report.json", dict(scores=scores, train=dict(steps=job.args.steps, batch_size=256), tasks=[s.name for s in task_set(tasks)], recipes=list(agents)))
     for f in job.out.glob("*.rounds.json"): f.unlink()  # At most eight files come back
