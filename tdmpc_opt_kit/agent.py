@@ -224,15 +224,16 @@ class PlanAgent(Agent):
         self.mean, self.info = None, []  # info: (rows, PlanInfo) for each model of the last call
 
     def choose(self, obs, task, first, rows, num):
-        if self.mean is None or len(self.mean) != num and first.all(): self.mean = torch.zeros(num, self.cfg.horizon, MAX_ACTION)
+        if self.mean is None or len(self.mean) != num and first.all(): self.mean = torch.zeros(num, self.cfg.horizon, MAX_ACTION, device=self.models.models[0].reward_head[-1].weight.device)
         if len(self.mean) != num: raise ValueError(f"The agent has plans for {len(self.mean)} environments and was asked about {num}; call reset() first.")
         rows, action, self.info = torch.arange(num)[rows], torch.zeros(len(task), MAX_ACTION), []
         for model, r, own in self.models.groups(task):
             c, dev = model.cfg, model.reward_head[-1].weight.device
-            state = PlanState(self.mean[rows[r], :, :c.action_dim].to(dev))
+            at = slice(None) if len(own) == num else rows[r].to(self.mean.device)  # an index tensor would make the device wait for the CPU
+            state = PlanState(self.mean[at, :, :c.action_dim].to(dev))
             a, state, info = plan(model, obs[r, :c.obs_dim].to(dev), own.to(dev), state, self.cfg, self.generator, self.explore, first[r].to(dev))
             action[r] = F.pad(a.to("cpu", torch.float32), (0, MAX_ACTION - c.action_dim))
-            self.mean[rows[r]] = F.pad(state.mean.to("cpu", torch.float32), (0, MAX_ACTION - c.action_dim))
+            self.mean[at] = F.pad(state.mean.to(self.mean.device, torch.float32), (0, MAX_ACTION - c.action_dim))
             self.info.append((rows[r], info))
         return action
 

@@ -201,15 +201,22 @@ def turn(self:Teaching) -> dict:
     self.env.step_async(action)
     if not fill:
         self.updates_due += c.updates_per_decision * n
-        while self.updates_due >= 1:
-            stats = self.learner.update(self.batch())
-            self.updates_due -= 1
+        stats = self.learn()
     obs, reward, done, info = self.env.step_wait()
     self.replay.add(action, reward, info["final_obs"] if done.all() else np.where(done[:, None], info["final_obs"], obs) if done.any() else obs)
     if done.any(): self.replay.begin(obs, done)
     self.obs, self.first = obs, torch.from_numpy(done.copy())
     if fill: self.seeding -= 1
     if not fill or not self.learner.step: self.decisions += n
+    return stats
+
+@patch
+def learn(self:Teaching) -> dict:
+    "The updates that are due; returns the last one's numbers."
+    stats = {}
+    while self.updates_due >= 1:
+        stats = self.learner.update(self.batch())
+        self.updates_due -= 1
     return stats
 
 @patch
@@ -225,10 +232,12 @@ def train_teacher(
     out_dir,             # Run folder
     resume:bool=False,   # Go on from the folder's last checkpoint if there is one
     progress:bool=True,  # Show a bar?
+    make=Teaching,       # What a config becomes, for another way to learn
+    seconds_most:float=math.inf, # Save and stop after so much time of this call
 ) -> dict:               # The report: best evaluation, curve, seconds
     "Train a teacher in the simulator and leave its best policy's checkpoint in the run folder."
     from tqdm import tqdm
-    run, t = RunFolder(out_dir), Teaching(cfg)
+    begun, run, t = time.perf_counter(), RunFolder(out_dir), make(cfg)
     state = begin_run(run, cfg, resume, ignore=("decisions", "eval_every", "enough", "device", "threads"))
     best, seconds = (-1., 0.) if state is None else (state["best"], state["seconds"])
     run.truncate_metrics(0 if state is None else state["step"])
@@ -246,7 +255,8 @@ def train_teacher(
             if asked:
                 if t.learner.step: run.save(t.learner.step, now(time.perf_counter() - t0))
                 raise KeyboardInterrupt
-            if t.decisions < due and t.decisions < cfg.decisions or not t.learner.step: continue
+            late = time.perf_counter() - begun > seconds_most
+            if t.decisions < due and t.decisions < cfg.decisions and not late or not t.learner.step: continue
             due += cfg.eval_every
             returns = evaluate_policy(t)
             mean = float(np.mean(list(returns.values())))
@@ -257,7 +267,7 @@ def train_teacher(
                 best = mean
                 save_world_model(t.model, run.path/"teacher.safetensors", torch.float16, origin=f"online TD-MPC2, {t.decisions} decisions", metrics=line, include_target=False)
             run.save(t.learner.step, now(line["seconds"]))
-            done = reached(run, cfg)
+            done = late or reached(run, cfg)
     finally:
         t.env.close(); bar.close()
     curve = [{k: l[k] for k in ("decisions", "seconds", "mean_return", "returns")} for l in run.metrics()]

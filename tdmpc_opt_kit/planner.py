@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLAN_PRESETS', 'PlanConfig', 'plan_config', 'Folded', 'Imagination', 'Rollouts', 'has_kernels', 'packed',
-           'policy_net', 'KernelRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'draw_noise', 'draw_heads', 'plan']
+           'policy_net', 'KernelRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'compile_way', 'capture', 'PlanGraph',
+           'GraphRollouts', 'draw_noise', 'draw_heads', 'plan']
 
 # %% ../nbs/14_planner.ipynb #de743648
-import weakref
+import os, warnings, weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -139,6 +141,14 @@ def _heads(model:WorldModel) -> list:
     stacked = _layers(model.q_heads)
     return [[tuple(None if t is None else t[k] for t in l) for l in stacked] for k in range(model.cfg.num_q)]
 
+def _embedding(model:WorldModel, task:Tensor) -> Tensor|None: # `[B, task_dim]`
+    "The tasks' embeddings, scaled as `nn.Embedding` does where they are too long, but without writing to the weight."
+    if model.task_emb is None: return None
+    e, most = F.embedding(task, model.task_emb.weight), model.task_emb.max_norm
+    if most is None: return e
+    norm = e.norm(dim=-1, keepdim=True)
+    return torch.where(norm > most, e * (most / (norm + 1e-7)), e)
+
 class Rollouts(Imagination):
     "A world model prepared for planning with a batch of tasks."
     def __init__(self,
@@ -146,19 +156,19 @@ class Rollouts(Imagination):
         task:Tensor,      # Task index `[B]`
         dtype=None,       # Of the imagined futures; the model's own if None
     ):
-        c, e = model.cfg, None if model.task_emb is None else model.task_emb(task)
-        w, self._encode = model.reward_head[0].weight, lambda obs: model.encode(obs.to(w), task)
+        c, e, w = model.cfg, _embedding(model, task), model.reward_head[0].weight
         self.dtype = dtype or w.dtype
+        self.real = torch.promote_types(self.dtype, torch.float32)  # of actions, rewards and values
         to = lambda layers: [tuple(None if t is None else t.to(self.dtype) for t in l) for l in layers]
         fold = lambda layers: Folded(to(layers), None if e is None else e.to(self.dtype), c.latent_dim)
         self.num_q, self.action_dim, self.width = c.num_q, c.action_dim, c.mlp_dim
-        self.mask = model.mask(task).expand(len(task), -1)[:, None].to(self.dtype)  # [B, 1, A]
+        self.mask = model.mask(task).expand(len(task), -1)[:, None].to(self.real)  # [B, 1, A]
         self.dynamics, self.reward, self.policy = (fold(_layers(m)) for m in (model.dynamics, model.reward_head, model.pi_head))
-        self.q_heads = [fold(q) for q in _heads(model)]
-        self.bins = bins(w.device, torch.promote_types(self.dtype, torch.float32))
+        self.q_heads, self.q_stack = [fold(q) for q in _heads(model)], (to(_layers(model.q_heads)), None if e is None else e.to(self.dtype))
+        self.encoder, self.bins = Folded(_layers(model.encoder), e, c.obs_dim), bins(w.device, self.real)
 
     def encode(self, obs:Tensor) -> Tensor: # `[B, O]` to `[B, D]`
-        return self._encode(obs).to(self.dtype)
+        return self.encoder(obs[:, None].to(self.encoder.w))[:, 0].to(self.dtype)
 
     def pairs_at_once(self, cfg:PlanConfig) -> int:
         "As many as fit into a processor's cache, or into two gigabytes of a GPU."
@@ -171,7 +181,8 @@ def rows(self:Rollouts, s:slice) -> Rollouts:
     "The same for some of the pairs."
     out = object.__new__(Rollouts)
     out.__dict__ |= self.__dict__ | dict(mask=self.mask[s], dynamics=self.dynamics.rows(s), reward=self.reward.rows(s),
-                                         policy=self.policy.rows(s), q_heads=[q.rows(s) for q in self.q_heads])
+                                         policy=self.policy.rows(s), encoder=self.encoder.rows(s),
+                                         q_heads=[q.rows(s) for q in self.q_heads], q_stack=(self.q_stack[0], None if self.q_stack[1] is None else self.q_stack[1][s]))
     return out
 
 @patch
@@ -191,17 +202,36 @@ def step(self:Rollouts,
 @patch
 def pi(self:Rollouts, z:Tensor) -> tuple: # mean and std `[B, N, A]` before tanh, zero where masked
     "The policy's Gaussian."
-    mean, log_std = self.policy(z).chunk(2, -1)
+    mean, log_std = self.policy(z).to(self.real).chunk(2, -1)
     return mean * self.mask, (LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (log_std.tanh() + 1)).exp() * self.mask
 
 @patch
 def value(self:Rollouts,
     z:Tensor,      # `[B, N, D]`
     action:Tensor, # `[B, N, A]`
-    heads,         # Which Q heads, a sequence of ints
+    heads,         # Which Q heads, a sequence of ints or an int64 tensor
 ) -> Tensor:       # `[B, N]`
     "The mean of some Q heads."
-    return sum(self.scalar(self.q_heads[k](z, action.to(self.dtype))) for k in heads) / len(heads)
+    if not isinstance(heads, Tensor): return sum(self.scalar(self.q_heads[k](z, action.to(self.dtype))) for k in heads) / len(heads)
+    return self.scalar(_stacked(*self.q_stack, heads, z, action.to(self.dtype))).mean(0)
+
+def _stacked(
+    layers,          # Of all Q heads, tensors with a first axis `[K]`
+    emb:Tensor|None, # Task embeddings `[B, task_dim]`, or None
+    heads:Tensor,    # Which ones `[k]`, on the device
+    z:Tensor,        # `[B, N, D]`
+    action:Tensor,   # `[B, N, A]`
+) -> Tensor:         # Logits `[k, B, N, 101]`
+    "Some Q heads at once, chosen without the CPU."
+    layers = [tuple(None if t is None else t.index_select(0, heads) for t in l) for l in layers]
+    (B, N, D), (w, b, *_), k = z.shape, layers[0], len(heads)
+    x, T = torch.cat([z, action], -1).reshape(1, B * N, -1).expand(k, -1, -1), 0 if emb is None else emb.shape[-1]
+    bias = b[:, None] if emb is None else torch.baddbmm(b[:, None], emb.expand(k, -1, -1), w[:, :, D:D + T].mT)  # [k, 1 or B, width]
+    x = torch.bmm(x, torch.cat([w[:, :, :D], w[:, :, D + T:]], 2).mT).unflatten(1, (B, N)) + bias[:, :, None]
+    for (_, _, ln_w, ln_b), (w, b, *_) in zip(layers, layers[1:]):
+        x = F.mish(F.layer_norm(x, x.shape[-1:]) * ln_w[:, None, None] + ln_b[:, None, None])
+        x = torch.baddbmm(b[:, None], x.flatten(1, 2), w.mT).unflatten(1, (B, N))
+    return x
 
 # %% ../nbs/14_planner.ipynb #0545bf2b
 _packed = weakref.WeakKeyDictionary()  # model -> {precision: (Net, Watch of the policy, Watch of the rest)}
@@ -274,6 +304,7 @@ def rollouts(self:WorldModel,
     "The model prepared for planning with some tasks; raises `ConfigError` for a precision that is not to be had here."
     if has_kernels(self): return KernelRollouts(self, task, precision)
     if precision in ("int8", "mixed"): raise ConfigError(f"precision {precision!r} needs a float32 model on the CPU and the compiled kernels (a g++, and widths divisible by 16); use 'float32' or 'bfloat16'.")
+    if self.reward_head[0].weight.device.type == "cuda" and compile_way() != "off": return GraphRollouts(self, task, precision)
     return Rollouts(self, task, torch.bfloat16 if precision == "bfloat16" else None)
 
 # %% ../nbs/14_planner.ipynb #43ffffed
@@ -300,6 +331,29 @@ class PlanInfo(NamedTuple):
     candidates:Tensor|None=None # All action sequences, if they were asked for `[B, I, H, N, A]`
 
 # %% ../nbs/14_planner.ipynb #98dce71c
+def _round(
+    r,                # What `rollouts` gives
+    begun,            # From `r.begin`
+    actions:Tensor,   # The buffer given to it `[B, H, N, A]`
+    mean:Tensor,      # Of the sampling `[B, H, A]`
+    std:Tensor,       # `[B, H, A]`
+    samples:Tensor,   # Noise of the candidates `[B, H, N - P, A]`
+    noise:Tensor,     # Of the terminal values `[B, N, A]`
+    heads,            # Q heads of this round
+    cfg:PlanConfig,   # Settings
+) -> tuple:           # values `[B, N]`, the best `[B, K]`, mean, std, weights `[B, K]`, elites `[B, H, K, A]`
+    "Sample, judge, and move toward the best."
+    H, P, A = cfg.horizon, cfg.num_pi_trajs, mean.shape[-1]
+    actions[:, :, P:] = torch.addcmul(mean[:, :, None], std[:, :, None], samples).clamp_(-1, 1).mul_(r.mask[:, None])
+    value = r.values(begun, noise, heads)
+    best, at = value.topk(cfg.num_elites)
+    elite = actions.gather(2, at[:, None, :, None].expand(-1, H, -1, A))
+    weight = (cfg.temperature * best).softmax(-1)
+    w = weight[:, None, :, None].to(elite.dtype)
+    mean = (w * elite).sum(2)
+    std = (w * (elite - mean[:, :, None]) ** 2).sum(2).sqrt().clamp(cfg.min_std, cfg.max_std) * r.mask
+    return value, best, mean, std, weight, elite
+
 def _mppi(
     r,                # What `rollouts` gives, of these pairs
     z0:Tensor,        # Where they are `[B, D]`
@@ -309,22 +363,208 @@ def _mppi(
     keep:bool=False,  # Keep all candidates?
 ) -> PlanInfo:
     "The rounds of MPPI."
-    H, N, P, A = cfg.horizon, cfg.num_samples, cfg.num_pi_trajs, mean.shape[-1]
-    mask, actions, info = r.mask[:, None], mean.new_empty(len(mean), H, N, A), []
-    begun, sampled, std = r.begin(z0, actions, noise.pi, cfg.discount), actions[:, :, P:], torch.full_like(mean, cfg.max_std)
+    actions, std, info = mean.new_empty(len(mean), cfg.horizon, cfg.num_samples, mean.shape[-1]), torch.full_like(mean, cfg.max_std), []
+    begun = r.begin(z0, actions, noise.pi, cfg.discount)
     for i in range(cfg.iterations):
-        torch.addcmul(mean[:, :, None], std[:, :, None], noise.samples[:, i], out=sampled).clamp_(-1, 1).mul_(mask)
-        value = r.values(begun, noise.value[:, i], noise.heads[i])
-        best, at = value.topk(cfg.num_elites)
-        elite = actions.gather(2, at[:, None, :, None].expand(-1, H, -1, A))
-        weight = (cfg.temperature * best).softmax(-1)
-        w = weight[:, None, :, None].to(elite.dtype)
-        mean = (w * elite).sum(2)
-        std = (w * (elite - mean[:, :, None]) ** 2).sum(2).sqrt().clamp(cfg.min_std, cfg.max_std) * r.mask
+        value, best, mean, std, weight, elite = _round(r, begun, actions, mean, std, noise.samples[:, i], noise.value[:, i], noise.heads[i], cfg)
         info.append((value, best, mean, std, actions.clone() if keep else None))
-    value, best, means, stds, kept = zip(*info)
-    stack = lambda t: torch.stack(t, 1)
-    return PlanInfo(stack(value), stack(best), weight, elite, stack(means), stack(stds), elite[:, 0, 0], stack(kept) if keep else None)
+    return _told(info, weight, elite)
+
+def _told(info, weight:Tensor, elite:Tensor) -> PlanInfo:
+    value, best, means, stds, kept = (None if f[0] is None else torch.stack(f, 1) for f in zip(*info))
+    return PlanInfo(value, best, weight, elite, means, stds, elite[:, 0, 0], kept)
+
+# %% ../nbs/14_planner.ipynb #5e9a17c3
+def compile_way() -> str: # "auto", "graph" or "off"
+    "What `TDMPC_COMPILE` asks for on a GPU: compile and record (the default), record only, or neither; raises `ConfigError` for any other word."
+    way = os.environ.get("TDMPC_COMPILE", "auto")
+    if way not in ("auto", "graph", "off"): raise ConfigError(f"TDMPC_COMPILE must be 'auto', 'graph' or 'off', not {way!r}.{nearest(way, ('auto', 'graph', 'off'))}")
+    return way
+
+def _first_part(
+    model:WorldModel,
+    cfg:PlanConfig,
+    dtype,           # Of the imagination
+    obs:Tensor,      # `[B, O]`
+    task:Tensor,     # `[B]`
+    noise:Tensor,    # Of the policy's candidates `[B, H, P, A]`
+) -> tuple:          # latents `[B, D]`, the buffer of actions `[B, H, N, A]`, ends of the policy's candidates
+    "Encode, and roll out the policy."
+    r = Rollouts(model, task, dtype)
+    z0, actions = r.encode(obs), noise.new_zeros(len(obs), cfg.horizon, cfg.num_samples, noise.shape[-1])
+    return z0, actions, r.begin(z0, actions, noise, cfg.discount)[-1]
+
+def _next_part(
+    model:WorldModel,
+    cfg:PlanConfig,
+    dtype,           # Of the imagination
+    task:Tensor,     # `[B]`
+    z0:Tensor,       # From `_first_part`, with `actions` and `ends`
+    actions:Tensor,
+    ends,
+    mean:Tensor,     # As in `_round`, the rest too
+    std:Tensor,
+    samples:Tensor,
+    noise:Tensor,
+    heads:Tensor,
+) -> tuple:          # As of `_round`
+    "One round."
+    return _round(Rollouts(model, task, dtype), (z0, actions, cfg.discount, ends), actions, mean, std, samples, noise, heads, cfg)
+
+def _search(
+    model:WorldModel,
+    cfg:PlanConfig,
+    dtype,            # Of the imagination
+    obs:Tensor,       # `[B, O]`
+    task:Tensor,      # `[B]`
+    mean:Tensor,      # Where the plan starts `[B, H, A]`
+    noise:PlanNoise,  # With `heads` as a tensor `[I, k]`
+    parts=(_first_part, _next_part), # Themselves, or compiled
+) -> PlanInfo:
+    "A whole plan as a function of tensors."
+    first, step = parts
+    (z0, actions, ends), std, info = first(model, cfg, dtype, obs, task, noise.pi), torch.full_like(mean, cfg.max_std), []
+    for i in range(cfg.iterations):
+        value, best, mean, std, weight, elite = step(model, cfg, dtype, task, z0, actions, ends, mean, std, noise.samples[:, i], noise.value[:, i], noise.heads[i])
+        info.append((value, best, mean, std, None))
+    return _told(info, weight, elite)
+
+# %% ../nbs/14_planner.ipynb #7a30d6e1
+def capture(
+    f,         # Without arguments; reads and writes tensors that stay where they are
+    device,    # A GPU
+    warm:int=3,# Calls before
+) -> tuple:    # The graph, and what `f` returned: its tensors change at every `replay`
+    "Record a function as a CUDA graph."
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(warm): f()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph): out = f()
+        return graph, out
+
+def _weights(model:WorldModel) -> list:
+    "All tensors that a plan reads."
+    return [*model.parameters(), model.action_mask]
+
+def _why(e:BaseException) -> str: return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), '')[:300]}"
+
+class PlanGraph:
+    "Plans of one model for up to `num` pairs, by a recording if that works."
+    def __init__(self,
+        model:WorldModel, # Not kept, only its weights
+        cfg:PlanConfig,   # Settings
+        num:int,          # Pairs B
+        backend:str|None=None, # Of `torch.compile`, to check on a CPU; None is the default for a GPU, and nothing on a CPU
+    ):
+        w, c, (H, N, P, I) = model.reward_head[0].weight, model.cfg, (cfg.horizon, cfg.num_samples, cfg.num_pi_trajs, cfg.iterations)
+        self.cfg, self.backend, self.device, self.tensors, self.graph, self.parts, self.how = cfg, backend, w.device, _weights(model), None, None, None
+        self.dtype, real = torch.bfloat16 if cfg.precision == "bfloat16" else w.dtype, torch.promote_types(w.dtype, torch.float32)
+        with torch.inference_mode(False):
+            zeros = lambda *s, dtype=real: torch.zeros(*s, dtype=dtype, device=w.device)
+            self.obs, self.task, self.mean = zeros(num, c.obs_dim, dtype=w.dtype), zeros(num, dtype=torch.int64), zeros(num, H, c.action_dim)
+            self.noise = PlanNoise(zeros(num, H, P, c.action_dim), zeros(num, I, H, N - P, c.action_dim), zeros(num, I, N, c.action_dim), zeros(I, min(c.num_q, 2), dtype=torch.int64))
+
+    def fits(self, model:WorldModel) -> bool:
+        "Are the model's weights where they were?"
+        now = _weights(model)
+        return len(now) == len(self.tensors) and all(a is b and a.device == self.device for a, b in zip(now, self.tensors))
+
+    def __call__(self,
+        model:WorldModel, # The one it was made for
+        obs:Tensor,       # `[n, O]`, n at most `num`
+        task:Tensor,      # `[n]`
+        mean:Tensor,      # `[n, H, A]`
+        noise:PlanNoise,  # With heads
+    ) -> PlanInfo:        # Of n pairs
+        n = len(obs)
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first one turns gradients on
+            for a, b in zip((self.obs, self.task, self.mean, *self.noise[:3]), (obs, task, mean, *noise[:3])): a[:n].copy_(b)
+            self.noise.heads.copy_(torch.as_tensor(noise.heads))
+            if self.how is None: self._prepare(model, n)
+            if self.graph is not None: self.graph[0].replay()
+            out = self.graph[1] if self.graph is not None else self._run(model)
+        return PlanInfo(*(None if t is None else t[:n].clone() for t in out))
+
+# %% ../nbs/14_planner.ipynb #90c4be57
+@patch
+def _run(self:PlanGraph, model:WorldModel) -> PlanInfo:
+    return _search(model, self.cfg, self.dtype, self.obs, self.task, self.mean, self.noise, self.parts or (_first_part, _next_part))
+
+@patch
+def _prepare(self:PlanGraph,
+    model:WorldModel,
+    n:int,            # Rows that hold something
+):
+    "Compile and record what can be, compare it with the plain plan, and settle for the best that works."
+    plain, gpu = self._run(model).values[:n, 0].clone(), self.device.type == "cuda"
+    compiled = gpu and compile_way() == "auto" or self.backend is not None
+    for how in ["compiled"] * compiled + ["recorded"] * gpu:
+        try:
+            self.parts = None
+            if how == "compiled":
+                torch.compiler.reset()  # What was compiled for an earlier recording is not needed any more, and would count toward a limit
+                self.parts = tuple(torch.compile(f, fullgraph=True, dynamic=False, **({} if self.backend is None else dict(backend=self.backend))) for f in (_first_part, _next_part))
+            if gpu: self.graph = capture(lambda: self._run(model), self.device)
+            if gpu: self.graph[0].replay()
+            got = self.graph[1] if gpu else self._run(model)
+            off = float((got.values[:n, 0] - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
+            if not off <= (0.05 if self.dtype == torch.bfloat16 else 1e-3): raise ArithmeticError(f"its values differ from the plain plan's by {off:.1e} of the largest")
+            self.how = how
+            return
+        except Exception as e:
+            self.graph, self.parts = None, None
+            warnings.warn(f"A {how} plan of {len(self.obs)} pairs did not work, a simpler one is taken ({_why(e)}).", stacklevel=4)
+    self.how = "plain"
+
+# %% ../nbs/14_planner.ipynb #d4b70c25
+_graphs = weakref.WeakKeyDictionary()  # model -> {(settings, pairs, backend): PlanGraph}, the last used at the end
+
+def _bucket(n:int) -> int:
+    "The next size: powers of two, with seven steps between them."
+    step = max(1, 2**(n.bit_length() - 4))
+    return -(-n // step) * step
+
+class GraphRollouts:
+    "A model and a batch of tasks, planned for by recordings."
+    def __init__(self,
+        model:WorldModel,
+        task:Tensor,              # `[B]`
+        precision:str="float32",  # "float32" or "bfloat16"
+        backend:str|None=None,    # As in `PlanGraph`
+    ):
+        self.model, self.task, self.backend, c = model, task, backend, model.cfg
+        self.num_q, self.action_dim, self.width = c.num_q, c.action_dim, c.mlp_dim
+
+    def rows(self, s:slice):
+        out = object.__new__(GraphRollouts)
+        out.__dict__ |= self.__dict__ | dict(task=self.task[s])
+        return out
+
+    def pairs_at_once(self, cfg:PlanConfig) -> int:
+        "Equal groups, each within a few gigabytes."
+        most = max(1, 2**31 // (32 * cfg.num_samples * self.width))
+        groups = -(-len(self.task) // most)
+        return -(-len(self.task) // max(groups, 1)) or 1
+
+    def encode(self, obs:Tensor) -> Tensor: # The graph encodes by itself
+        return obs.to(self.model.reward_head[0].weight)
+
+    def search(self, rows, obs:Tensor, mean:Tensor, cfg:PlanConfig, noise:PlanNoise, keep:bool=False) -> PlanInfo:
+        "As `_mppi`; candidates are kept without a recording."
+        dtype = torch.bfloat16 if cfg.precision == "bfloat16" else None
+        if keep:
+            r = Rollouts(self.model, rows.task, dtype)
+            return _mppi(r, r.encode(obs), mean, cfg, noise, True)
+        have, key = _graphs.setdefault(self.model, OrderedDict()), (cfg, _bucket(len(obs)), self.backend)
+        if key not in have or not have[key].fits(self.model): have[key] = PlanGraph(self.model, *key)
+        have.move_to_end(key)
+        while len(have) > 8: have.popitem(last=False)
+        return have[key](self.model, obs, rows.task, mean, noise)
 
 # %% ../nbs/14_planner.ipynb #bebfded5
 def draw_noise(
@@ -383,12 +623,14 @@ def plan(
     "Plan for a batch of pairs (TD-MPC, algorithm 1); masked entries of the action are exactly zero."
     r = model.rollouts(task, cfg.precision)
     z0 = r.encode(obs)
-    mean = _warm_start(state, first, (len(obs), cfg.horizon, r.action_dim), z0)
+    like = z0.new_empty(0, dtype=torch.promote_types(z0.dtype, torch.float32))  # actions stay exact whatever the imagination's precision
+    mean = _warm_start(state, first, (len(obs), cfg.horizon, r.action_dim), like)
     heads = noise.heads if noise is not None and noise.heads is not None else draw_heads(r.num_q, cfg.iterations, generator)
     out, n = [], r.pairs_at_once(cfg)
     for s in (slice(i, i + n) for i in range(0, len(obs), n)):
-        eps = draw_noise(cfg, len(z0[s]), r.action_dim, generator, z0) if noise is None else PlanNoise(*(t[s].to(z0) for t in noise[:3]))
-        out.append(_mppi(r.rows(s), z0[s], mean[s], cfg, eps._replace(heads=heads), keep_candidates))
+        eps = draw_noise(cfg, len(z0[s]), r.action_dim, generator, like) if noise is None else PlanNoise(*(t[s].to(like) for t in noise[:3]))
+        search = getattr(r, "search", _mppi)
+        out.append(search(r.rows(s), z0[s], mean[s], cfg, eps._replace(heads=heads), keep_candidates))
     info = out[0] if len(out) == 1 else PlanInfo(*(None if f[0] is None else torch.cat(f) for f in zip(*out)))
     where = z0.device if generator is None else generator.device
     pick = torch.multinomial(info.elite_weights.to(where), 1, generator=generator).to(z0.device)

@@ -165,7 +165,7 @@ def test_results_can_be_trained_on(model):
 def test_bfloat16(model):
     half = copy.deepcopy(model).bfloat16()
     action, state, info = plan(half, torch.randn(2, 24), torch.tensor([1, 12]), None, TINY, torch.Generator().manual_seed(0))
-    assert action.dtype == torch.bfloat16 and info.values.dtype == torch.float32 and info.values.isfinite().all()
+    assert action.dtype == state.mean.dtype == info.values.dtype == torch.float32 and info.values.isfinite().all()  # only the imagination is coarse
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is read from /proc")
