@@ -36,9 +36,9 @@ def fusable(
     model:WorldModel, # To be trained
 ) -> bool:
     "Are there kernels for this model: float32 on the CPU, all of it trained, of widths that they know?"
-    c, params = model.cfg, [p for n, p in model.named_parameters() if not n.startswith("target_")]
-    ok = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() and p.requires_grad for p in params)
-    return ok and len(model.encoder) <= 8 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
+    c = model.cfg
+    ok = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() and p.requires_grad != n.startswith("target_") for n, p in model.named_parameters())
+    return type(model) is WorldModel and ok and len(model.encoder) <= 8 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
 
 class _Room:
     "Hands out pieces of a block of memory; first only counts."
@@ -55,11 +55,11 @@ class Program:
         horizon:int,        # Steps H
         bf16:bool=False,    # Products in bfloat16?
     ):
-        self.model, self.B, self.H, self.bf16, c = model, batch_size, horizon, bf16, model.cfg
+        self.model, self.B, self.H, self.bf16, self.turn, self.upstream, c = model, batch_size, horizon, bf16, 0, None, model.cfg
         self.lib, T = kernels().lib, len(model.action_mask)
         nets = [_layers(m) for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head)] + _heads(model) + _stack(model.target_q_heads, c.num_q)
         own = [(n, p) for n, p in model.named_parameters() if not n.startswith("target_")]
-        self.named, self.held = own, [(p, p.data_ptr()) for _, p in own]
+        self.named, self.held = own, [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
         self.flat = torch.empty(sum(p.numel() for _, p in own), device="cpu")
         self.grads = dict(zip((n for n, _ in own), (g.view(p.shape) for g, (_, p) in zip(self.flat.split([p.numel() for _, p in own]), own))))
         self.nets, self.update = (_UNet * (len(nets) + 2))(), _Update()
@@ -75,8 +75,9 @@ def _stack(ensemble, num:int) -> list:
 
 @patch
 def current(self:Program) -> bool:
-    "Are the model's parameters still where they were, and trained?"
-    return kernels() is not None and all(p.data_ptr() == at and p.requires_grad for p, at in self.held)
+    "Are the model's parameters still the same ones, where they were, and trained as they were?"
+    now = list(self.model.parameters())
+    return kernels() is not None and len(now) == len(self.held) and all(q is p and p.data_ptr() == at and p.requires_grad == t for q, (p, at, t) in zip(now, self.held))
 
 @patch
 def _grad_layers(self:Program) -> list:
@@ -101,7 +102,7 @@ def _lay_out(self:Program, nets, T:int):
         common = {}
         for i in [*range(3), *range(4, len(nets)), 3]:  # The policy last: what it keeps may overwrite the others
             n, R = self.nets[i], kept.get(i, 0)
-            n.depth, n.R, n.logits, n.shares = len(nets[i]), R, i == 2 or i > 3, i == 1 or 4 <= i < 4 + C
+            n.depth, n.R, n.logits, n.shares = len(nets[i]), R, _LOGITS if i == 2 or i > 3 else 0, i == 1 or 4 <= i < 4 + C
             n.tail = c.action_dim if E and (i in (1, 2) or i > 3) else 0
             widths = [l[0].shape[0] for l in nets[i]]
             n.table, n.d_table, n.sums = room.take(T * widths[0]), room.take(T * widths[0] if R else 0), room.take(blocks * 3 * sum(widths) if R else 0)
@@ -142,12 +143,15 @@ class _World(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, program):
         ctx.set_materialize_grads(False)
-        ctx.program = program
-        return program.run_world()
+        ctx.program, out = program, program.run_world()
+        ctx.turn = program.turn
+        return out
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.program.upstream = grads
+        p = ctx.program
+        if ctx.turn != p.turn: raise RuntimeError("This forward pass was followed by another of the same Program, which has overwritten what it kept.")
+        p.upstream = grads if p.upstream is None else tuple(b if a is None else a if b is None else a + b for a, b in zip(p.upstream, grads))
         return None, None
 
 _anchor = torch.zeros((), requires_grad=True, device="cpu")  # Something that wants a gradient, or autograd would not look
@@ -193,6 +197,7 @@ def _settings(self:Program, heads, gamma, rho, drop, seed):
 def run_world(self:Program) -> tuple:
     "Call the kernels; losses, latents, logits."
     c, u, H, B = self.model.cfg, self.update, self.H, self.B
+    self.turn += 1
     self.zs, logits = torch.empty(H + 1, B, c.latent_dim, device="cpu"), torch.empty(H, B, NUM_BINS, device="cpu")
     u.zs, u.logits = self.zs.data_ptr(), logits.data_ptr()
     self.lib.world_forward(ctypes.byref(u))
@@ -218,6 +223,7 @@ def backward(self:Program):
     u.g_cons, u.g_rew, u.g_val = (0. if g is None else float(g) for g in (cons, rew, val))
     more = [None if g is None else g.contiguous() for g in (zs, logits)]
     u.g_zs, u.g_logits = (None if g is None else g.data_ptr() for g in more)
+    self._own_gradients()
     self.lib.world_backward(ctypes.byref(u))
     if self.model.task_emb is not None: torch.sum(self.d_emb[[i for i in range(4 + u.C) if i != 3]], 0, out=self.grads["task_emb.weight"])
     self.upstream = self.args = None
@@ -226,19 +232,27 @@ def backward(self:Program):
 @patch
 def _install(self:Program, which):
     for n, p in self.named:
-        if which(n): p.grad = self.grads[n] if p.grad is None else p.grad.add_(self.grads[n])
+        if which(n): p.grad = self.grads[n] if p.grad is None else p.grad + self.grads[n]
+
+@patch
+def _own_gradients(self:Program):
+    "Gradients that lie in our memory move out before it is written to."
+    for n, p in self.named:
+        if p.grad is not None and p.grad.data_ptr() == self.grads[n].data_ptr(): p.grad = p.grad.clone()
 
 # %% ../nbs/19_fused.ipynb #19f0000f
 @patch
 def policy(self:Program,
     zs:Tensor,             # Latents, without gradient `[H+1, B, D]`
+    task:Tensor,           # Task index `[B]`
     noise:Tensor,          # Of the policy's draw `[H+1, B, A]`
     heads,                 # Q heads whose mean counts, one or two
     drop:float=0., seed:int=0, # Dropout of the Q heads
 ) -> tuple:                # values, log probabilities `[H+1, B, 1]`
-    "Values of the policy's actions; of the batch that `world` saw."
+    "Values of the policy's actions."
     c, u, H, B = self.model.cfg, self.update, self.H, self.B
-    self.args = [_tensor(zs, H + 1, B, c.latent_dim), _tensor(noise, H + 1, B, c.action_dim)]
+    if self.upstream is not None: raise RuntimeError("Program.policy comes after Program.backward: it works in the same memory.")
+    self.args, self.task = [_tensor(zs, H + 1, B, c.latent_dim), _tensor(noise, H + 1, B, c.action_dim)], self._task(task)
     u.zs, u.noise = (t.data_ptr() for t in self.args)
     self._settings(heads, u.gamma, u.rho, drop, seed)
     self.lib.policy_forward(ctypes.byref(u))
@@ -253,6 +267,7 @@ def policy_backward(self:Program,
     "Gradients of the policy's parameters, into `.grad`."
     u = self.update
     u.g_pi, u.scale, u.entropy = coef, scale, entropy
+    self._own_gradients()
     self.lib.policy_backward(ctypes.byref(u))
     self.args = None
     self._install(lambda n: n.startswith("pi_head."))

@@ -541,4 +541,4 @@ def main(argv=None) -> int: # 0 if nothing went wrong
     return int(bool(job.record["errors"]))
 
 # %% ../nbs/61_gpu_jobs.ipynb #37f9c1ba
-if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())  # Not in the notebook
+if __name__ == "__main__" and sys.argv[0].endswith("gpu_jobs.py"): sys.exit(main())  # Not in the notebook

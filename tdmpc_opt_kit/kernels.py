@@ -795,7 +795,7 @@ struct ULayer {
     int32_t *h, *dy; float *xhat, *rstd;             // kept, for rows t * Bs + b: input and gradient of the product in panels, normed output [R, N], 1 / std [R]
 };
 struct UNet {
-    int depth, tail, R, logits, shares; ULayer l[8]; // tail: columns behind the task's; R: rows kept (0: nothing is); shares: its first input is kept by another net
+    int depth, tail, R, logits, shares; ULayer l[8]; // tail: columns behind the task's; R: rows kept (0: nothing is); logits: what logits are padded to, or 0; shares: its first input is kept by another net
     float *table, *d_table, *d_emb, *sums;           // first biases by task [T, N]; their gradients; [T, E]; sums of gradients by block [blocks, 3 * sum of N]
 };
 struct Update {
@@ -915,7 +915,7 @@ static void u_forward(const UNet& n, Type t, int rows, int r0, const int64_t* ta
             u_patches(l.N - n0 > V, t, rows, Kw, t == F32 ? (const int32_t*)x : q, W, l.pack + (size_t)n0 * Kw, bias, &s.y[n0], W);
         }
         if (!l.ln_w) {  // logits and the like
-            if (n.logits) for (int r = 0; r < rows; r++) for (int k = l.N; k < up(l.N, PANEL); k++) s.y[(size_t)r * W + k] = -1e30f;
+            for (int r = 0; r < rows; r++) for (int k = l.N; k < n.logits; k++) s.y[(size_t)r * W + k] = -1e30f;
             return;
         }
         for (int r = 0; r < rows; r++) {
@@ -1063,6 +1063,7 @@ static double symlog1(double x) { return x < 0 ? -std::log1p(-x) : std::log1p(x)
 static double symexp1(double x) { return x < 0 ? -std::expm1(-x) : std::expm1(x); }
 // cross-entropy of logits (padded) against a scalar; d becomes softmax less two-hot
 static float cross_entropy(const float* y, int Np, float x, float* d) {
+    if (x != x) { std::fill(d, d + Np, x); return x; }  // no bin is a NaN's
     vf m = load(y); for (int n = V; n < Np; n += V) m = vmax(m, load(y + n));
     float high = highest(m); vf s = splat(0);
     for (int n = 0; n < Np; n += V) { vf e = vexp(load(y + n) - high); store(d + n, e); s += e; }

@@ -106,7 +106,7 @@ def world_losses(self:Learner,
 @patch
 def _program(self:Learner, batch):
     "The kernels' half of an update of this batch; None where PyTorch has to do it."
-    if self.device.type != "cpu" or plain_layers_on(): return None
+    if self.device.type != "cpu" or plain_layers_on() or type(self).targets is not Learner.targets or type(self).world_losses is not Learner.world_losses: return None
     old, key = self.program, (batch.action.shape[1], len(batch.action), self.cfg.precision == "bfloat16")
     if old is not None and (old.B, old.H, old.bf16) == key and old.current(): return old
     return Program(self.model, *key) if fusable(self.model) else None
@@ -130,6 +130,9 @@ def fused_losses(self:Learner,
     heads = two_of(torch.arange(m.cfg.num_q), self.cpu_generator)
     cons, reward, value, zs, r = self.program.world(batch, noise, heads, c.discount, c.rho, c.dropout, self._seed())
     return dict(consistency_loss=cons, reward_loss=reward, value_loss=value), zs, r
+@patch
+def __getstate__(self:Learner) -> dict: return self.__dict__ | dict(program=None)  # its pointers are of no use elsewhere
+
 
 # %% ../nbs/21_train.ipynb #7144c6fb
 def clip_gradients(
@@ -158,11 +161,11 @@ def pi_update(self:Learner,
 ) -> dict:              # Scalars
     "One step of the policy; gradients that are there already (imitation of a teacher) are added to."
     m, c, stats, program = self.model, self.cfg, {}, self.program
-    if c.pi_coef and program:
+    if c.pi_coef and program and zs.shape[:2] == (program.H + 1, program.B):
         noise = self._noise(zs.shape[:-1], noise)
         seed = self._seed()
         with torch.no_grad():
-            q, log_prob = program.policy(zs, noise, two_of(torch.arange(m.cfg.num_q), self.cpu_generator), c.dropout, seed)
+            q, log_prob = program.policy(zs, task, noise, two_of(torch.arange(m.cfg.num_q), self.cpu_generator), c.dropout, seed)
             self.scale.update(q[0])
             loss = policy_loss(q, log_prob, self.scale.value, c.rho, c.entropy_coef)
         program.policy_backward(c.pi_coef, float(self.scale.value), c.entropy_coef)

@@ -1,5 +1,6 @@
 """An update by the fused kernels against the same update in PyTorch's autograd."""
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tdmpc_opt_kit.fused import Program, fusable
 from tdmpc_opt_kit.kernels import kernels
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.world_model import WorldModel, model_size
+from processes import ROOT, run
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="there is no C++ compiler")
 SINGLE = dict(tasks=None, obs_dim=5, action_dim=1, task_dim=0)
@@ -95,3 +97,69 @@ def test_what_a_term_keeps_is_not_overwritten():
     for _ in range(2):
         learner.update(random_batch(m.cfg, 30, 16), lambda l, b, zs, r: kept.append((zs.detach(), r.detach())) or {})
     assert not torch.equal(kept[0][0], kept[1][0]) and not torch.equal(kept[0][1], kept[1][1])
+
+
+def test_replaced_target_heads_are_noticed():
+    m, b = WorldModel(model_size("tiny")), random_batch(WorldModel(model_size("tiny")).cfg, 30, 16)
+    learner = Learner(m, TrainConfig())
+    learner.update(b)
+    old = learner.program
+    for p in m.target_q_heads.parameters(): p.data = p.data.clone()
+    assert learner._program(b) is not old
+    learner.update(b)
+    old = learner.program
+    m.target_q_heads = copy.deepcopy(m.target_q_heads)
+    assert learner._program(b) is not old
+
+
+def test_a_nan_is_not_hidden():
+    b = random_batch(WorldModel(model_size("tiny")).cfg, 30, 16)
+    b.reward[1, 3] = float("nan")
+    stats = Learner(WorldModel(model_size("tiny")), TrainConfig()).update(b)
+    assert stats["reward_loss"].isnan() and stats["value_loss"].isnan()
+
+
+def test_the_policy_s_half_has_its_own_tasks():
+    m, out = WorldModel(model_size("tiny")), []
+    b, noise, zs = random_batch(m.cfg, 30, 16), torch.randn(4, 16, 6), torch.rand(4, 16, 16)
+    for fused in (True, False):
+        learner = Learner(copy.deepcopy(m), TrainConfig(dropout=0.))
+        learner.program = Program(learner.model, 16, 3) if fused else None
+        if fused: learner.program.world(b, torch.zeros(3, 16, 6), [0, 1], 0.99, 0.5)
+        out.append(learner.pi_update(zs, (b.task + 1) % 30, noise)["entropy"])
+    torch.testing.assert_close(*out, rtol=1e-3, atol=1e-3)
+
+
+def test_a_learner_can_be_copied_and_goes_on():
+    b = random_batch(WorldModel(model_size("tiny")).cfg, 30, 16)
+    learner = Learner(WorldModel(model_size("tiny")), TrainConfig())
+    learner.update(b)
+    other = copy.deepcopy(learner)
+    for l in (learner, other): l.update(b)
+    for p, q in zip(learner.model.parameters(), other.model.parameters()): assert torch.equal(p, q)
+
+
+def test_gradients_add_up_and_order_is_kept():
+    m = WorldModel(model_size("tiny"))
+    b, noise, p = random_batch(m.cfg, 30, 16), torch.randn(3, 16, 6), Program(m, 16, 3)
+    def once():
+        cons, r, v, zs, logits = p.world(b, noise, [0, 1], 0.99, 0.5)
+        (cons + r + v).backward()
+        return zs
+    zs = once()
+    with pytest.raises(RuntimeError, match="after Program.backward"): p.policy(zs.detach(), b.task, torch.zeros(4, 16, 6), [0, 1])
+    p.backward()
+    first = m.reward_head[0].weight.grad.clone()
+    once(); p.backward()
+    torch.testing.assert_close(m.reward_head[0].weight.grad, 2 * first)
+    loss = p.world(b, noise, [0, 1], 0.99, 0.5)[0]
+    p.world(b, noise, [0, 1], 0.99, 0.5)
+    with pytest.raises(RuntimeError, match="overwritten"): loss.backward()
+
+
+@pytest.mark.skipif("avx512f" not in open("/proc/cpuinfo").read() if sys.platform == "linux" else True, reason="the kernels of this processor are the narrow ones already")
+def test_narrow_vectors(tmp_path):
+    "The kernels as a processor without AVX-512 gets them."
+    code = "from tdmpc_opt_kit.kernels import kernels; assert kernels().lanes == 8, kernels(); import pytest, sys; sys.exit(pytest.main(['-q', '-k', 'autograd and not 5M', 'tests/test_fused.py']))"
+    out = run([sys.executable, "-c", code], CXX="g++ -mno-avx512f", XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=str(ROOT)).check()
+    assert " passed" in out and "failed" not in out
