@@ -392,7 +392,7 @@ def eval_(job:Job):
 
 # %% ../nbs/61_gpu_jobs.ipynb #b15f7c08
 def _come_back(run:Path, resume, state:dict|None):
-    "A run folder of what came back, unless it is still there."
+    "A run folder of what was saved, unless it is still there."
     if (run/"config.json").exists() or resume is None or state is None: return
     folder = RunFolder(run)
     for f in ("config.json", "metrics.jsonl", "teacher.safetensors"):
@@ -400,7 +400,7 @@ def _come_back(run:Path, resume, state:dict|None):
     folder.save(state.pop("step"), state)
 
 def teacher(job:Job):
-    "Train a teacher as far as the time goes; the weights of its best evaluation come back, and all that a resume needs."
+    "Train a teacher as far as the time goes; the weights of its best evaluation are saved, and all that a resume needs."
     preset = dict(ONLINE_PRESETS["mt30"], eval_every=1_440_000, threads=2) if not job.small else dict(tasks="pendulum-spin,cup-catch", size="tiny", decisions=2400, num_envs=2, seed_episodes=1, batch_size=16, updates_per_decision=0.05, eval_every=1000, eval_episodes=1, capacity=8)
     cfg = OnlineConfig(**preset | ({} if job.args.decisions is None else dict(decisions=job.args.decisions)), device=str(job.device))
     run = job.work/f"teacher{'-small' * job.small}"
@@ -505,7 +505,7 @@ def student(job:Job):
         if f"teacher, {mode}" not in have: job.attempt(f"teacher, {mode}", lambda: _recorded(job, teachers, "teacher", mode, tasks), 2 if job.small else 30 if mode == "policy" else 240)
     scores = {a: {m: {k: have[f"{a}, {m}"][k] for k in ("mean", "low", "high", "episodes")} if f"{a}, {m}" in have else None for m in ("plan", "policy")} for a in ("teacher", *agents)}
     write_json(job.out/"report.json", dict(scores=scores, train=dict(steps=job.args.steps, batch_size=256), tasks=[s.name for s in task_set(tasks)], recipes=list(agents)))
-    for f in job.out.glob("*.rounds.json"): f.unlink()  # At most eight files come back
+    for f in job.out.glob("*.rounds.json"): f.unlink()  # Of no use once the reports are written
 
 # %% ../nbs/61_gpu_jobs.ipynb #6bc0a7f4
 WORDS = dict(check=check, bench=bench, eval=eval_, teacher=teacher, student=student)
@@ -514,12 +514,12 @@ def main(argv=None) -> int: # 0 if nothing went wrong
     "Run a job."
     p = argparse.ArgumentParser(prog="python -m tdmpc_opt_kit.gpu_jobs", description="Jobs for a machine with a GPU and little time.")
     p.add_argument("word", help=", ".join(WORDS))
-    p.add_argument("--out", required=True, help="folder for what comes back")
+    p.add_argument("--out", required=True, help="folder for results")
     p.add_argument("--minutes", type=float, default=9., help="time limit")
-    p.add_argument("--resume", help="folder of what came back the last time")
+    p.add_argument("--resume", help="results of an earlier call")
     p.add_argument("--small", action="store_true", help="the smallest settings, to rehearse on a CPU")
     p.add_argument("--device", default="auto")
-    p.add_argument("--work", default="runs/gpu", help="folder for what does not come back")
+    p.add_argument("--work", default="runs/gpu", help="folder for large things")
     p.add_argument("--checkpoint", help="eval: the model")
     p.add_argument("--teacher", help="student: the teacher's checkpoint")
     p.add_argument("--steps", type=int, default=50_000, help="student: updates of each")
@@ -536,7 +536,7 @@ def main(argv=None) -> int: # 0 if nothing went wrong
         job.record["finished"] = True
     finally: job.write()
     for f in sorted(job.out.iterdir()):
-        if f.is_file() and f.stat().st_size > 16 * 2**20: job.say(f"{f.name} has {f.stat().st_size / 2**20:.1f} MiB and may not come back")
+        if f.is_file() and f.stat().st_size > 16 * 2**20: job.say(f"{f.name} has {f.stat().st_size / 2**20:.1f} MiB, more than the 16 meant")
     job.say("nothing went wrong" if not job.record["errors"] else f"{len(job.record['errors'])} thing(s) went wrong or were left out: {'; '.join(e[:120] for e in job.record['errors'])}")
     return int(bool(job.record["errors"]))
 

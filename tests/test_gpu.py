@@ -196,7 +196,7 @@ def test_job_bench(tmp_path):
     assert record["results"]["update 1M, paper, recorded"]["updates_per_second"] > 0 and record["results"]["annotation, 317M, bfloat16"]["rows_per_second"] > 0
 
 
-def test_job_teacher_goes_on_from_what_came_back(tmp_path):
+def test_job_teacher_goes_on_from_what_was_saved(tmp_path):
     rc, record, out = job(tmp_path, "teacher", "--decisions", "2200")
     first = record["results"]["teacher"]
     assert rc == 0 and first["updates"] > 0 and (out / "teacher.safetensors").exists(), record["errors"]
