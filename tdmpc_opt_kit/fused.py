@@ -59,7 +59,8 @@ class Program:
         self.lib, T = kernels().lib, len(model.action_mask)
         nets = [_layers(m) for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head)] + _heads(model) + _stack(model.target_q_heads, c.num_q)
         own = [(n, p) for n, p in model.named_parameters() if not n.startswith("target_")]
-        self.named, self.held = own, [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
+        self.half = dict(world=[(n, p) for n, p in own if not n.startswith("pi_head.")], policy=[(n, p) for n, p in own if n.startswith("pi_head.")])
+        self.held = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
         self.flat = torch.empty(sum(p.numel() for _, p in own), device="cpu")
         self.grads = dict(zip((n for n, _ in own), (g.view(p.shape) for g, (_, p) in zip(self.flat.split([p.numel() for _, p in own]), own))))
         self.nets, self.update = (_UNet * (len(nets) + 2))(), _Update()
@@ -125,13 +126,16 @@ def _lay_out(self:Program, nets, T:int):
                 n, R = self.nets[i], (H + 1) * Bs if slot else kept[i]
                 for k, (w, _, lw, _) in enumerate(nets[4] if slot else nets[i]):
                     l, N, K = n.l[k], w.shape[0], w.shape[1] - (0 if k else E)
-                    if lw is not None: l.xhat, l.rstd = room.take(R * N), room.take(R)
-                    if slot: continue
+                    if lw is not None: l.rstd = room.take(R)
+                    if slot:
+                        if lw is not None: l.xhat = room.take(up(N, _TILE) * R)
+                        continue
                     if n.shares and not k: l.h = common.get("h")
                     else:
                         l.h = room.take(up(K, _PANEL) * words(R))
                         if i == 2 and not k: common["h"] = l.h
                     l.dy = room.take(up(N, _TILE) * words(R))
+                    if lw is not None: l.xhat = room.take(up(N, _TILE) * R) if self.bf16 else l.dy  # a row's gradient is written where its normed output was
             room.at = max(room.at, end)
         if room.base is None: room.base = torch.empty(room.at, device="cpu")
     self.memory = room.base
@@ -223,22 +227,21 @@ def backward(self:Program):
     u.g_cons, u.g_rew, u.g_val = (0. if g is None else float(g) for g in (cons, rew, val))
     more = [None if g is None else g.contiguous() for g in (zs, logits)]
     u.g_zs, u.g_logits = (None if g is None else g.data_ptr() for g in more)
-    self._own_gradients()
+    self._own_gradients("world")
     self.lib.world_backward(ctypes.byref(u))
     if self.model.task_emb is not None: torch.sum(self.d_emb[[i for i in range(4 + u.C) if i != 3]], 0, out=self.grads["task_emb.weight"])
     self.upstream = self.args = None
-    self._install(lambda n: not n.startswith("pi_head."))
+    self._install("world")
 
 @patch
-def _install(self:Program, which):
-    for n, p in self.named:
-        if which(n): p.grad = self.grads[n] if p.grad is None else p.grad + self.grads[n]
+def _install(self:Program, half:str):
+    for n, p in self.half[half]: p.grad = self.grads[n] if (g := p.grad) is None else g + self.grads[n]
 
 @patch
-def _own_gradients(self:Program):
+def _own_gradients(self:Program, half:str):
     "Gradients that lie in our memory move out before it is written to."
-    for n, p in self.named:
-        if p.grad is not None and p.grad.data_ptr() == self.grads[n].data_ptr(): p.grad = p.grad.clone()
+    for n, p in self.half[half]:
+        if (g := p.grad) is not None and g.data_ptr() == self.grads[n].data_ptr(): p.grad = g.clone()
 
 # %% ../nbs/19_fused.ipynb #19f0000f
 @patch
@@ -267,10 +270,10 @@ def policy_backward(self:Program,
     "Gradients of the policy's parameters, into `.grad`."
     u = self.update
     u.g_pi, u.scale, u.entropy = coef, scale, entropy
-    self._own_gradients()
+    self._own_gradients("policy")
     self.lib.policy_backward(ctypes.byref(u))
     self.args = None
-    self._install(lambda n: n.startswith("pi_head."))
+    self._install("policy")
 
 # %% ../nbs/19_fused.ipynb #19f00011
 def total_norm(
@@ -281,7 +284,7 @@ def total_norm(
     s = kernels().lib.sum_of_squares((_P * n)(*at), (ctypes.c_int64 * n)(*size), n, torch.get_num_threads())
     return torch.tensor(s**0.5, dtype=torch.float32, device="cpu")
 
-_Moved = _struct("_Moved", (_P, "p m v g"), (ctypes.c_int64, "n"), (_F, "rate eps root"))
+_Moved = _struct("_Moved", (_P, "p m v g step"), (ctypes.c_int64, "n"), (ctypes.c_double, "lr"), (_F, "eps rate root"))
 
 def plain_adam(
     opt, # An optimizer
@@ -296,17 +299,16 @@ def adam_step(
 ):
     "`opt.step()`."
     for b1, b2 in {g["betas"] for g in opt.param_groups}:
-        rows, params = [], []
+        rows, params, held = [], [], []
         for g in opt.param_groups:
             if g["betas"] != (b1, b2): continue
             for p in g["params"]:
-                if p.grad is None: continue
+                if (grad := p.grad) is None: continue
                 s = opt.state[p]
                 if not s: s.update(step=torch.zeros((), device="cpu"), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                t, grad = int(s["step"]) + 1, p.grad if p.grad.is_contiguous() else p.grad.contiguous()
-                rows.append((p.data_ptr(), s["exp_avg"].data_ptr(), s["exp_avg_sq"].data_ptr(), grad.data_ptr(), p.numel(), g["lr"] / (1 - b1**t), g["eps"], (1 - b2**t)**0.5))
-                params.append((p, s["step"], grad))
+                if not grad.is_contiguous(): held.append(grad := grad.contiguous())
+                rows.append((p.data_ptr(), s["exp_avg"].data_ptr(), s["exp_avg_sq"].data_ptr(), grad.data_ptr(), s["step"].data_ptr(), p.numel(), g["lr"], g["eps"]))
+                params.append(p)
         if not rows: continue
         kernels().lib.adam((_Moved * len(rows))(*rows), len(rows), b1, b2, torch.get_num_threads())
-        torch._foreach_add_([s for _, s, _ in params], 1)
-        torch.autograd.graph.increment_version([p for p, *_ in params])
+        torch.autograd.graph.increment_version(params)

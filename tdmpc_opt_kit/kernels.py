@@ -543,11 +543,11 @@ extern "C" int features() {
 
 # %% ../nbs/05_kernels.ipynb #c9e5521c
 _TRAIN = r"""
-// c [rows, 2 vectors] = bias + sum over k of a[row * am + k * ak] times b[k * ldb ...]
-template <Type T, int M> static void patch_of(int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc) {
+// c [rows, 2 vectors] = bias + sum over k of a[row * am + k * ak] times b[k * ldb ...]; with `which`, the bias of row m is line which[m] of a table
+template <Type T, int M> static void patch_of(int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc, const int64_t* which, long line) {
     vf acc[M][2];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) { acc[m][0] = load(bias); acc[m][1] = load(bias + V); }
+    for (int m = 0; m < M; m++) { const float* at = which ? bias + which[m] * line : bias; acc[m][0] = load(at); acc[m][1] = load(at + V); }
     for (int k = 0; k < Kw; k++, b += ldb, a += ak) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
@@ -557,17 +557,17 @@ template <Type T, int M> static void patch_of(int Kw, const int32_t* a, long am,
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) { store(c + m * ldc, acc[m][0]); store(c + m * ldc + V, acc[m][1]); }
 }
-template <Type T, int M> static inline void patch(int m, int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc) {
-    if (m == M) patch_of<T, M>(Kw, a, am, ak, b, ldb, bias, c, ldc);
-    else if constexpr (M > 1) patch<T, M - 1>(m, Kw, a, am, ak, b, ldb, bias, c, ldc);
+template <Type T, int M> static inline void patch(int m, int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc, const int64_t* which, long line) {
+    if (m == M) patch_of<T, M>(Kw, a, am, ak, b, ldb, bias, c, ldc, which, line);
+    else if constexpr (M > 1) patch<T, M - 1>(m, Kw, a, am, ak, b, ldb, bias, c, ldc, which, line);
 }
 static const float no_bias[PANEL] = {};
-static void patches(Type t, int rows, int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc) {
+static void patches(Type t, int rows, int Kw, const int32_t* a, long am, long ak, const int32_t* b, long ldb, const float* bias, float* c, long ldc, const int64_t* which = nullptr, long line = 0) {
     int tiles = (rows + MR - 1) / MR;
     for (int i = 0, m0 = 0; i < tiles; i++) {
         int m = (rows - m0) / (tiles - i);
-        if (t == F32) patch<F32, MR>(m, Kw, a + m0 * am, am, ak, b, ldb, bias, c + m0 * ldc, ldc);
-        else patch<BF16, MR>(m, Kw, a + m0 * am, am, ak, b, ldb, bias, c + m0 * ldc, ldc);
+        if (t == F32) patch<F32, MR>(m, Kw, a + m0 * am, am, ak, b, ldb, bias, c + m0 * ldc, ldc, which ? which + m0 : nullptr, line);
+        else patch<BF16, MR>(m, Kw, a + m0 * am, am, ak, b, ldb, bias, c + m0 * ldc, ldc, which ? which + m0 : nullptr, line);
         m0 += m;
     }
 }
@@ -792,7 +792,7 @@ struct ULayer {
     int K, N, ld; const float *w, *b, *ln_w, *ln_b;  // as in FusedLayer
     float *dw, *db, *dln_w, *dln_b;
     int32_t *pack, *packT;
-    int32_t *h, *dy; float *xhat, *rstd;             // kept, for rows t * Bs + b: input and gradient of the product in panels, normed output [R, N], 1 / std [R]
+    int32_t *h, *dy; float *xhat, *rstd;             // kept, for rows t * Bs + b: input and gradient of the product in panels, normed output in panels like dy (in float32 dy may take its place), 1 / std [R]
 };
 struct UNet {
     int depth, tail, R, logits, shares; ULayer l[8]; // tail: columns behind the task's; R: rows kept (0: nothing is); logits: what logits are padded to, or 0; shares: its first input is kept by another net
@@ -831,26 +831,27 @@ template <int P> static void keep_rows(Type t, const float* x, int W, int rows, 
     }
 }
 // as `patches`, of a whole panel or of its first vector alone
-template <Type T, int M> static void thin_of(int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc) {
+template <Type T, int M> static void thin_of(int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc, const int64_t* which, long line) {
     vf acc[M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) acc[m] = load(bias);
+    for (int m = 0; m < M; m++) acc[m] = load(which ? bias + which[m] * line : bias);
     for (int k = 0; k < Kw; k++, b += PANEL)
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) acc[m] = dot<T>(acc[m], a[m * am + k], b);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) store(c + m * ldc, acc[m]);
 }
-template <Type T, int M> static inline void thin(int m, int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc) {
-    if (m == M) thin_of<T, M>(Kw, a, am, b, bias, c, ldc);
-    else if constexpr (M > 1) thin<T, M - 1>(m, Kw, a, am, b, bias, c, ldc);
+template <Type T, int M> static inline void thin(int m, int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc, const int64_t* which, long line) {
+    if (m == M) thin_of<T, M>(Kw, a, am, b, bias, c, ldc, which, line);
+    else if constexpr (M > 1) thin<T, M - 1>(m, Kw, a, am, b, bias, c, ldc, which, line);
 }
-static void u_patches(bool whole, Type t, int rows, int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc) {
-    if (whole) { patches(t, rows, Kw, a, am, 1, b, PANEL, bias, c, ldc); return; }
+static void u_patches(bool whole, Type t, int rows, int Kw, const int32_t* a, long am, const int32_t* b, const float* bias, float* c, long ldc, const int64_t* which = nullptr, long line = 0) {
+    if (whole) { patches(t, rows, Kw, a, am, 1, b, PANEL, bias, c, ldc, which, line); return; }
     int tiles = (rows + MR - 1) / MR;
     for (int i = 0, m0 = 0; i < tiles; i++) {
         int m = (rows - m0) / (tiles - i);
-        if (t == F32) thin<F32, MR>(m, Kw, a + m0 * am, am, b, bias, c + m0 * ldc, ldc); else thin<BF16, MR>(m, Kw, a + m0 * am, am, b, bias, c + m0 * ldc, ldc);
+        const int64_t* own = which ? which + m0 : nullptr;
+        if (t == F32) thin<F32, MR>(m, Kw, a + m0 * am, am, b, bias, c + m0 * ldc, ldc, own, line); else thin<BF16, MR>(m, Kw, a + m0 * am, am, b, bias, c + m0 * ldc, ldc, own, line);
         m0 += m;
     }
 }
@@ -893,6 +894,7 @@ static void u_pack_backward(const FusedLayer& l, int tail, Type t, int panel) { 
         for (int n = 0; n < Nw; n++) if (t == F32) store((float*)to + n * PANEL + v * V, row(n)); else put_pairs(to + n * PANEL + v * V, row(2 * n), row(2 * n + 1));
     }
 }
+constexpr int NT = 48, CHUNK = 384;  // outputs whose weights' gradients are made together; rows at a time
 static int words_of(Type t, int R) { return t == F32 ? R : (R + 1) / 2; }
 // x and, behind it, y as input of the nets that follow
 static void take(Desk& s, Type t, int rows, const float* x, int nx, const float* y, int ny) {
@@ -911,37 +913,40 @@ static void u_forward(const UNet& n, Type t, int rows, int r0, const int64_t* ta
     for (int i = 0; i < n.depth; i++) {
         const ULayer& l = n.l[i]; int per = per_word(t), Kw = up(l.K, per) / per; bool last = i == n.depth - 1;
         for (int n0 = 0; n0 < l.N; n0 += PANEL) {
-            float bias[PANEL]; for (int k = 0; k < PANEL; k++) bias[k] = i && l.b && n0 + k < l.N ? l.b[n0 + k] : 0.f;
-            u_patches(l.N - n0 > V, t, rows, Kw, t == F32 ? (const int32_t*)x : q, W, l.pack + (size_t)n0 * Kw, bias, &s.y[n0], W);
+            float bias[PANEL]; if (i) for (int k = 0; k < PANEL; k++) bias[k] = l.b && n0 + k < l.N ? l.b[n0 + k] : 0.f;
+            u_patches(l.N - n0 > V, t, rows, Kw, t == F32 ? (const int32_t*)x : q, W, l.pack + (size_t)n0 * Kw, i ? bias : n.table + n0, &s.y[n0], W, i ? nullptr : task, l.N);
         }
         if (!l.ln_w) {  // logits and the like
             for (int r = 0; r < rows; r++) for (int k = l.N; k < n.logits; k++) s.y[(size_t)r * W + k] = -1e30f;
             return;
         }
+        bool here = t == F32 && n.R && !last && n.l[i + 1].h;  // float32 rows are kept as they come, bfloat16 in pairs afterwards
         for (int r = 0; r < rows; r++) {
             float* y = &s.y[(size_t)r * W]; size_t at = r0 + r;
-            if (i == 0) { const float* b = n.table + task[r] * l.N; for (int k = 0; k < l.N; k += V) store(y + k, load(y + k) + load(b + k)); }
             if (i == 0 && drop > 0) for (int k = 0; k < l.N; k += V) store(y + k, load(y + k) * kept_at(drop, seed, (uint32_t)(at0 + r) * l.N + k));
-            float mean, rstd; moments(y, l.N, mean, rstd); float *xh = n.R ? l.xhat + at * l.N : y, *to = last ? out + (size_t)r * l.N : &s.x[(size_t)r * W];
+            float mean, rstd; moments(y, l.N, mean, rstd); float *xh = n.R ? l.xhat + at * NT : y, *to = last ? out + (size_t)r * l.N : &s.x[(size_t)r * W];
             if (n.R) l.rstd[at] = rstd;
-            for (int k = 0; k < l.N; k += V) {
-                vf z = (load(y + k) - mean) * rstd, w = z * load(l.ln_w + k) + load(l.ln_b + k); store(xh + k, z);
-                if (last) { vf e = vexp(w - max8(w)); store(to + k, e / sum8(e)); } else store(to + k, vmish(w));
-            }
-            if (!last) zeros(to, l.N, up(l.N, PANEL));
+            int left = 0; long next = n.R ? (long)n.R * NT : NT;
+            auto normed = [&](int k) { vf z = (load(y + k) - mean) * rstd; if (left == NT) { left = 0; xh += next; } store(xh + left, z); left += V; return z * load(l.ln_w + k) + load(l.ln_b + k); };
+            if (last) { for (int k = 0; k < l.N; k += V) { vf w = normed(k), e = vexp(w - max8(w)); store(to + k, e / sum8(e)); } continue; }
+            float* kept = here ? (float*)n.l[i + 1].h + at * PANEL : nullptr;
+            for (int k = 0; k < l.N; k += V) { vf a = vmish(normed(k)); store(to + k, a); if (kept) store(kept + (size_t)(k / PANEL) * Rw * PANEL + k % PANEL, a); }
+            zeros(to, l.N, up(l.N, PANEL));
+            if (kept && l.N % PANEL) store(kept + (size_t)(l.N / PANEL) * Rw * PANEL + V, splat(0));
         }
         if (last) return;
         x = s.x.data();
         if (t == BF16) { narrow(x, W, rows, up(l.N, PANEL), s.q.data()); q = s.q.data(); }
-        if (n.R && n.l[i + 1].h) keep_rows<PANEL>(t, x, W, rows, l.N, n.l[i + 1].h, Rw, r0);
+        if (n.R && n.l[i + 1].h && !here) keep_rows<PANEL>(t, x, W, rows, l.N, n.l[i + 1].h, Rw, r0);
     }
 }
 static inline vf mish_slope(vf u) { vf e = exp_up_to_88(vmin(splat(20.f), u)), m = e * (e + 2.f), q = inverse(m + 2.f); return m * q + 4.f * u * e * (e + 1.f) * (q * q); }
-// the gradient g of a row behind LayerNorm and activation becomes its product's
-static void u_back_row(const ULayer& l, bool last, size_t at, const float* z, float* g, float* d_w, float* d_b, bool first, float drop, uint32_t seed, uint32_t number) {
-    const float* xh = l.xhat + at * l.N; vf sg = splat(0), sx = sg;
-    for (int n = 0; n < l.N; n += V) {
-        vf x = load(xh + n), w = load(l.ln_w + n), d;
+// the gradient g of a row behind LayerNorm and activation becomes its product's, and is added to db and put into panels from `keep` on; next: from panel to panel
+static void u_back_row(const ULayer& l, bool last, size_t at, const float* z, float* g, float* d_w, float* d_b, float* db, float* keep, size_t next, bool first, float drop, uint32_t seed, uint32_t number) {
+    const float* xh = l.xhat + at * NT; vf sg = splat(0), sx = sg;
+    for (int n = 0, left = 0; n < l.N; n += V, left += V) {
+        if (left == NT) { left = 0; xh += next; }
+        vf x = load(xh + left), w = load(l.ln_w + n), d;
         if (last) { vf p = load(z + n), dz = load(g + n); d = p * (dz - sum8(p * dz)); }
         else {
             vf u = x * w + load(l.ln_b + n);
@@ -951,9 +956,14 @@ static void u_back_row(const ULayer& l, bool last, size_t at, const float* z, fl
         d = d * w; store(g + n, d); sg += d; sx += d * x;
     }
     vf mg = splat(sum(sg) / l.N), mx = splat(sum(sx) / l.N);
-    for (int n = 0; n < l.N; n += V) {
-        vf d = l.rstd[at] * (load(g + n) - mg - load(xh + n) * mx);
-        store(g + n, first && drop > 0 ? d * kept_at(drop, seed, number * l.N + n) : d);
+    xh = l.xhat + at * NT;
+    for (int n = 0, left = 0; n < l.N; n += V, left += V) {
+        if (left == NT) { left = 0; xh += next; if (keep) keep += next; }
+        vf d = l.rstd[at] * (load(g + n) - mg - load(xh + left) * mx);
+        if (first && drop > 0) d *= kept_at(drop, seed, number * l.N + n);
+        store(g + n, d);
+        if (db) store(db + n, load(db + n) + d);
+        if (keep) store(keep + left, d);
     }
 }
 static int sum_of_widths(const UNet& n) { int s = 0; for (int i = 0; i < n.depth; i++) s += n.l[i].N; return s; }
@@ -962,14 +972,14 @@ static void u_backward(const UNet& n, Type t, int rows, int r0, const float* z, 
     int W = s.W, Rw = words_of(t, n.R), at = sum_of_widths(n); float* sums = block < 0 ? nullptr : n.sums + (size_t)block * 3 * at;
     for (int i = n.depth - 1; i >= 0; i--) {
         const ULayer& l = n.l[i]; int Nw = up(l.N, per_word(t)) / per_word(t); at -= l.N;
-        float *d_w = sums ? sums + 3 * at : nullptr, *d_b = sums ? d_w + l.N : nullptr, *db = sums ? d_b + l.N : nullptr;
+        float *d_w = sums ? sums + 3 * at : nullptr, *d_b = sums ? d_w + l.N : nullptr, *db = sums ? d_b + l.N : nullptr; bool here = sums && t == F32 && l.ln_w;
         for (int r = 0; r < rows; r++) {
             float* g = &s.g[(size_t)r * W];
-            if (l.ln_w) u_back_row(l, i == n.depth - 1, r0 + r, z ? z + (size_t)r * l.N : nullptr, g, d_w, d_b, !i, drop, seed, at0 + r);
+            if (l.ln_w) u_back_row(l, i == n.depth - 1, r0 + r, z ? z + (size_t)r * l.N : nullptr, g, d_w, d_b, db, here ? (float*)l.dy + (size_t)(r0 + r) * NT : nullptr, (size_t)n.R * NT, !i, drop, seed, at0 + r);
+            else if (db) for (int k = 0; k < l.N; k++) db[k] += g[k];
             zeros(g, l.N, up(l.N, 96));
-            if (db) for (int k = 0; k < l.N; k++) db[k] += g[k];
         }
-        if (sums) keep_rows<48>(t, s.g.data(), W, rows, l.N, l.dy, Rw, r0);
+        if (sums && !here) keep_rows<NT>(t, s.g.data(), W, rows, l.N, l.dy, Rw, r0);
         int k0 = i ? 0 : from / PANEL * PANEL, k1 = i ? l.K : to;
         if (k0 >= k1) return;
         const int32_t* a = (const int32_t*)s.g.data();
@@ -992,7 +1002,12 @@ template <Type T, int M, int VS> static void add_patch_of(int Kw, const int32_t*
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) for (int v = 0; v < VS; v++) store(c + m * ldc + v * V, acc[m][v]);
 }
-constexpr int NT = 48, CHUNK = 96;
+// c [rows, N] = sum over k of a[row * am + k * ak] b[k * ldb + n], float32
+static void small_product(int rows, int K, const float* a, long am, long ak, const float* b, long ldb, int N, float* c, long ldc) {
+    int n = 0;
+    for (; n + PANEL <= N; n += PANEL) patches(F32, rows, K, (const int32_t*)a, am, ak, (const int32_t*)b + n, ldb, no_bias, c + n, ldc);
+    for (int r = 0; r < rows && n < N; r++) for (int j = n; j < N; j++) { float s = 0; for (int k = 0; k < K; k++) s += a[r * am + k * ak] * b[k * ldb + j]; c[r * ldc + j] = s; }
+}
 // the gradient of NT outputs' weights of layer i, all rows, a few at a time
 static void u_weights(const Update& u, const UNet& n, int i, int n0, Type t, Desk& s) {
     const ULayer& l = n.l[i]; int rows = std::min(NT, l.N - n0), Rw = words_of(t, n.R), Kp = up(l.K, PANEL), tail = i ? 0 : n.tail;
@@ -1006,7 +1021,7 @@ static void u_weights(const Update& u, const UNet& n, int i, int n0, Type t, Des
                 if (t == F32) two ? add_patch_of<F32, MR, 2>(k, p, NT, q, to, Kp, c) : add_patch_of<F32, MR, 1>(k, p, NT, q, to, Kp, c);
                 else two ? add_patch_of<BF16, MR, 2>(k, p, NT, q, to, Kp, c) : add_patch_of<BF16, MR, 1>(k, p, NT, q, to, Kp, c);
             }
-    if (!i && u.E) {
+    if (!i && u.E) {  // by task
         for (int k = 0; k < u.T; k++) zeros(n.d_table + (size_t)k * l.N, n0, n0 + rows);
         for (int r = 0; r < n.R; r++) {
             int b = r % u.Bs; if (b >= u.B) continue;
@@ -1018,19 +1033,18 @@ static void u_weights(const Update& u, const UNet& n, int i, int n0, Type t, Des
     for (int r = 0; r < rows; r++) {
         float *to = l.dw + (size_t)(n0 + r) * l.ld, *from = &s.y[(size_t)r * Kp]; int head = l.K - tail;
         memcpy(to, from, 4 * (size_t)head); memcpy(to + l.ld - tail, from + head, 4 * (size_t)tail);
-        if (i || !u.E) continue;
-        zeros(to, head, l.ld - tail); to += head;
-        for (int k = 0; k < u.T; k++) {
-            const float* e = u.emb + (size_t)k * u.E; float g = n.d_table[(size_t)k * l.N + n0 + r]; int j = 0;
-            if (g == 0) continue;
-            for (; j + V <= u.E; j += V) store(to + j, load(to + j) + g * load(e + j));
-            for (; j < u.E; j++) to[j] += g * e[j];
-        }
     }
+    if (!i && u.E) small_product(rows, u.T, n.d_table + n0, 1, l.N, u.emb, u.E, u.E, l.dw + (size_t)n0 * l.ld + l.K - tail, l.ld);
 }
 static FusedLayer as_fused(const ULayer& l) { FusedLayer f{}; f.K = l.K; f.N = l.N; f.ld = l.ld; f.w = l.w; f.b = l.b; f.pack = l.pack; f.packT = l.packT; return f; }
-static void u_table(const Update& u, const UNet& n, int panel) { Fused f{}; f.l[0] = as_fused(n.l[0]); f.T = u.T; f.E = u.E; f.tail = n.tail; f.emb = u.emb; f.table = n.table; task_biases(f, panel); }
-static void u_emb(const Update& u, const UNet& n) { Fused f{}; f.l[0] = as_fused(n.l[0]); f.T = u.T; f.E = u.E; f.tail = n.tail; f.d_table = n.d_table; f.d_emb = n.d_emb; embeddings(f); }
+static void u_table(const Update& u, const UNet& n, int panel) {  // `task_biases`
+    const ULayer& l = n.l[0]; int n0 = panel * PANEL; float bias[PANEL]; std::vector<float> turned((size_t)u.E * PANEL);
+    for (int j = 0; j < PANEL; j++) {
+        bias[j] = l.b && n0 + j < l.N ? l.b[n0 + j] : 0.f;
+        if (n0 + j < l.N) for (int e = 0; e < u.E; e++) turned[(size_t)e * PANEL + j] = l.w[(size_t)(n0 + j) * l.ld + l.K - n.tail + e];
+    }
+    u_patches(l.N - n0 > V, F32, u.T, u.E, (const int32_t*)u.emb, u.E, (const int32_t*)turned.data(), bias, n.table + n0, l.N);
+}
 
 struct Want { int net, forward, backward; };
 static void u_pack(Update& u, const std::vector<Want>& want) {
@@ -1056,7 +1070,7 @@ static void u_gradients(Update& u, const std::vector<int>& nets, int blocks) {
             ULayer& l = n.l[i]; float* to[3] = {l.dln_w, l.dln_b, l.db};
             for (int j = 0; j < 3; j++) if (to[j]) { zeros(to[j], 0, l.N); for (int b = 0; b < blocks; b++) { const float* p = n.sums + (size_t)b * 3 * total + 3 * at + j * l.N; for (int m = 0; m < l.N; m++) to[j][m] += p[m]; } }
         }
-        if (u.E) u_emb(u, n);
+        if (u.E) small_product(u.T, n.l[0].N, n.d_table, n.l[0].N, 1, n.l[0].w + n.l[0].K - n.tail, n.l[0].ld, u.E, n.d_emb, u.E);
     });
 }
 static double symlog1(double x) { return x < 0 ? -std::log1p(-x) : std::log1p(x); }
@@ -1232,14 +1246,15 @@ extern "C" void policy_backward(Update* u) {
 }
 extern "C" int update_size() { return sizeof(Update) * 1000000 + sizeof(UNet) * 1000 + sizeof(ULayer); }
 // Adam (PyTorch's arithmetic) on many tensors, and the sum of their squares; pieces of PIECE entries, so that sums have a fixed order
-struct Moved { float *p, *m, *v; const float* g; int64_t n; float rate, eps, root; };  // rate: over the first moment's correction; root: of the second's
+struct Moved { float *p, *m, *v; const float* g; float* step; int64_t n; double lr; float eps, rate, root; };  // rate: lr over the first moment's correction; root: of the second's
 constexpr int PIECE = 8192;
 template <class F> static void pieces(int count, const int64_t* n, int threads, F f) {
     std::vector<std::pair<int, int64_t>> at; for (int i = 0; i < count; i++) for (int64_t k = 0; k < n[i]; k += PIECE) at.push_back({i, k});
     parallel(at.size(), threads, [&](int j) { f(j, at[j].first, at[j].second, std::min<int64_t>(n[at[j].first], at[j].second + PIECE)); });
 }
 extern "C" void adam(Moved* x, int count, double beta1, double beta2, int threads) {
-    std::lock_guard<std::mutex> only(*one_call); std::vector<int64_t> n; for (int i = 0; i < count; i++) n.push_back(x[i].n);
+    std::lock_guard<std::mutex> only(*one_call); std::vector<int64_t> n;
+    for (int i = 0; i < count; i++) { n.push_back(x[i].n); double t = *x[i].step += 1; x[i].rate = x[i].lr / (1 - std::pow(beta1, t)); x[i].root = std::sqrt(1 - std::pow(beta2, t)); }
     pieces(count, n.data(), threads, [&](int, int i, int64_t from, int64_t to) {
         const Moved& t = x[i]; float b2 = beta2, c1 = 1 - beta1, c2 = 1 - beta2, inv = 1 / t.root; int64_t k = from;
         for (; k + V <= to; k += V) {

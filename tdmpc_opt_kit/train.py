@@ -117,6 +117,11 @@ def _noise(self:Learner, shape, noise=None) -> Tensor:
     return torch.randn(*shape, self.model.cfg.action_dim, generator=self.generator, device=self.device) if noise is None else noise
 
 @patch
+def _mode(self:Learner, train:bool):
+    "Only the Q heads drop anything out."
+    if self.model.training: self.model.eval()
+    self.model.q_heads.train(train)
+@patch
 def _seed(self:Learner) -> int: return int(torch.randint(2**31, (), device="cpu")) if self.cfg.dropout else 0
 
 @patch
@@ -202,8 +207,8 @@ def update(self:Learner,
     m, c = self.model, self.cfg
     self.set_rates()
     with self._dropout_rng(), training_precision(c.precision):
-        m.train()
-        self.opt.zero_grad(set_to_none=True); self.pi_opt.zero_grad(set_to_none=True)
+        self._mode(True)
+        for p in self.params: p.grad = None
         self.program = self._program(batch)
         losses, zs, r = self.fused_losses(batch, noise and noise[0]) if self.program else self.world_losses(batch, *self.targets(batch, noise and noise[0]))
         total = c.consistency_coef * losses["consistency_loss"] + c.reward_pred_coef * losses["reward_loss"] + c.value_coef * losses["value_loss"]
@@ -215,7 +220,7 @@ def update(self:Learner,
         step_(self.opt)
         pi = self.pi_update(zs.detach(), batch.task, noise and noise[1])
         m.update_target(c.tau)
-        m.eval()
+        self._mode(False)
     self.step += 1
     return {k: v.detach() for k, v in (losses | extra | dict(total_loss=total, grad_norm=norm)).items()} | pi
 
