@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPISODE', 'MANIFEST_VERSION', 'PRELOAD_BYTES', 'Rows', 'pack_rows', 'Store', 'is_store', 'Batch', 'Sampler',
-           'episode_seed', 'roll', 'collect', 'ChunkArray', 'Chunk', 'open_chunk', 'read_chunk', 'iter_chunk',
-           'chunk_files', 'convert_chunks', 'card', 'figures']
+           'Mixture', 'episode_seed', 'roll', 'collect', 'ChunkArray', 'Chunk', 'open_chunk', 'read_chunk',
+           'iter_chunk', 'chunk_files', 'convert_chunks', 'card', 'figures']
 
 # %% ../nbs/06_data.ipynb #32ae244d
 import copy, io, json, os, pickle, re, struct, time, zipfile, zlib
@@ -606,6 +606,43 @@ def load_state_dict(self:Sampler,
         if k not in state or state[k] != v: raise ConfigError(f"{self.store.path}: the sampler's saved state has {k} = {state.get(k)!r}, here it is {v!r}; resume with the same data and settings.")
     self.rng.bit_generator.state = state["rng"]
     return self
+
+# %% ../nbs/06_data.ipynb #5a1f03c2
+_PLACE = 48  # Bits of an index below the sampler's number
+
+class Mixture:
+    "Batches that several samplers fill together, in fixed shares."
+    def __init__(self,
+        samplers, # `Sampler`s with the same horizon
+        shares,   # Of the batch for each, in any unit
+    ):
+        self.samplers, self.batch_size = list(samplers), samplers[0].batch_size
+        if len(shares) != len(self.samplers) or not all(s > 0 for s in shares): raise ConfigError(f"shares must be one number above 0 for each of the {len(self.samplers)} samplers, not {shares}.")
+        if len({s.horizon for s in self.samplers}) > 1: raise ConfigError(f"All samplers need the same horizon, not {[s.horizon for s in self.samplers]}.")
+        edges = np.rint(np.cumsum([0., *shares]) / sum(shares) * self.batch_size).astype(int)
+        self.counts = np.diff(edges).tolist()
+        if not all(self.counts): raise ConfigError(f"A batch of {self.batch_size} slices has none for one of the shares {shares}; give a larger batch.")
+
+    def sample(self) -> Batch:
+        "Draw a batch."
+        parts = [s.read(*s.draw(n)) for s, n in zip(self.samplers, self.counts)]
+        return Batch(*(torch.cat(x, 1) for x in list(zip(*parts))[:3]), torch.cat([b.task for b in parts]),
+                     torch.cat([b.index + (k << _PLACE) for k, b in enumerate(parts)]))
+
+    def parts(self,
+        batch:Batch, # From `sample`
+    ) -> list:       # A `Batch` for each sampler, as it gave it
+        "Take a batch apart."
+        b = Batch(*(x.split(self.counts, int(k < 3)) for k, x in enumerate(batch)))
+        return [Batch(*x[:4], x[4] & (1 << _PLACE) - 1) for x in zip(*b)]
+
+    def state_dict(self) -> dict: return dict(mixture=[s.state_dict() for s in self.samplers])
+
+    def load_state_dict(self, state:dict):
+        "Go on from `state`; raises `ConfigError` if it was taken on other data or settings."
+        if len(state.get("mixture", ())) != len(self.samplers): raise ConfigError(f"The saved state is not one of {len(self.samplers)} samplers together; resume with the same data and settings.")
+        for s, d in zip(self.samplers, state["mixture"]): s.load_state_dict(d)
+        return self
 
 # %% ../nbs/06_data.ipynb #d2335780
 def episode_seed(
