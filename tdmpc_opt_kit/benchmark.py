@@ -6,8 +6,8 @@
 __all__ = ['Timing', 'paired', 'ceilings', 'plan_flops', 'update_flops', 'PlainRollouts', 'PlainModel', 'reference_baseline',
            'bench_plan', 'bench_policy', 'random_batch', 'bench_update', 'bench_teacher', 'synthetic_store',
            'resident_mb', 'memory_mb', 'apart', 'sample_stores', 'bench_sampler', 'synthetic_chunk', 'convert_once',
-           'bench_convert', 'bench_threads', 'plan_memory', 'bench_memory', 'bare_dm_control', 'bench_play',
-           'bench_evaluate', 'bench_collect', 'table']
+           'bench_convert', 'bench_threads', 'plan_memory', 'bench_memory', 'bench_annotations', 'bare_dm_control',
+           'bench_play', 'bench_evaluate', 'bench_collect', 'table']
 
 # %% ../nbs/42_benchmark.ipynb #ed9b806c
 import contextlib, copy, importlib.util, json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -27,6 +27,7 @@ from .kernels import PRECISIONS, kernels
 from .layers import plain_layers
 from .planner import Imagination, PlanConfig, PlanState, Rollouts, draw_noise, plan
 from .tasks import ACTION_DIMS, ACTION_REPEAT, EPISODE_LENGTH, MAX_ACTION, MAX_OBS, MT30, OBS_DIMS, task_set
+from .teachers import Annotations, Asked, annotate
 from .train import Learner, TrainConfig
 from .twohot import NUM_BINS, from_two_hot
 from .world_model import SIZES, WorldModel, model_size
@@ -448,6 +449,44 @@ def bench_memory(size:str="1M", pairs:int=300, precision:str="float32") -> list:
     "`plan_memory` in a process of its own."
     d = apart("plan_memory", size=size, pairs=pairs, precision=precision)
     return [_row(f"{pairs} pairs at once, {precision}", Timing(d["ms"], d["ms"], d["ms"], 1)) | dict(also={"MB before": d["before"], "MB at the peak": d["peak"]})]
+
+# %% ../nbs/42_benchmark.ipynb #9e2b6f38
+def _teaching(source):
+    "Terms for timing: whatever is there is learned."
+    def terms(learner, b, zs, logits):
+        said, m, out = source(b), learner.model, {}
+        if said.reward is not None: out["reward_distill_loss"] = F.mse_loss(from_two_hot(logits), said.reward)
+        if said.value is not None: out["value_distill_loss"] = -(said.value.exp() * m.Q(zs[:-1], b.action, b.task).log_softmax(-1)).sum(-1).mean()
+        if said.mean is not None: out["policy_distill_loss"] = F.mse_loss(m.pi_params(zs, b.task)[0], said.mean)
+        return out
+    return terms
+
+def bench_annotations(
+    sizes=("5M", "317M"),    # Of the teacher
+    student:str="1M",
+    whats=(("reward",), ("reward", "value", "policy")), # What it is asked for
+    batch_size:int=256,
+    turns=(15, 3),           # For each size
+    rows:int=1000,           # Of the store
+) -> list:                   # Rows; `times_baseline` is against asking in every update
+    "An update with a teacher that is asked, and with annotations."
+    out = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = synthetic_store(Path(folder)/"store", rows, MT30[:2])
+        sampler, learner = Sampler(store, batch_size=batch_size), Learner(WorldModel(model_size(student)), TrainConfig(dropout=0.))
+        update = lambda terms=None: learner.update(sampler.sample(), terms)
+        for size, n in zip(sizes, turns):
+            teacher = WorldModel(model_size(size)).eval().requires_grad_(False)
+            done = annotate(store, teacher, whats[-1], progress=False)
+            calls = {"no teacher": update}
+            for what in whats:
+                asked, read, name = Asked(teacher, what), Annotations(store, teacher, what), ", ".join(what)
+                calls |= {f"{name}: asked": lambda t=_teaching(asked): update(t), f"{name}: annotations": lambda t=_teaching(read): update(t),
+                          f"{name}: the asking alone": lambda f=asked: f(sampler.sample()), f"{name}: the reading alone": lambda f=read: f(sampler.sample())}
+            t = paired(calls, n, 1)
+            for k, x in t.items(): out.append(_row(f"student {student}, teacher {size}, {k}", x, base=t[k.replace("annotations", "asked")] if k.endswith("annotations") else None))
+            out[-1]["also"] = {"ms to annotate a row": 1e3 * done["seconds"] / done["rows"]}
+    return out
 
 # %% ../nbs/42_benchmark.ipynb #7e0c52fa
 _BARE = """
