@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'FORMAT', 'VERSION', 'kit_name', 'upstream_name', 'infer_config', 'check_shapes', 'Entries', 'atomic_path',
            'write_safetensors', 'save_world_model', 'jsonable', 'no_weights', 'load_world_model', 'read_card',
-           'to_upstream', 'save_upstream', 'write_json', 'RunFolder']
+           'hash_weights', 'to_upstream', 'save_upstream', 'write_json', 'RunFolder']
 
 # %% ../nbs/13_checkpoint.ipynb #916c8689
 import contextlib, dataclasses, json, math, os, pickle, re, shutil, warnings
@@ -401,6 +401,17 @@ def read_card(
     dtypes = Counter(str(e.get(k).dtype)[6:] for k in e.keys.values())
     return dict(model=dataclasses.asdict(cfg), tasks=[t.name for t in task_set("mt30")] if rows == 30 else None, dtype="+".join(sorted(dtypes)),
         num_params=sum(math.prod(s) for k, s in e.shapes.items() if not k.startswith("target_")), origin="upstream", metrics={})
+
+# %% ../nbs/13_checkpoint.ipynb #8c41f0ab
+def hash_weights(
+    h,                # A hash from `hashlib`
+    model:WorldModel, # Its target heads are left out, nobody asks them but training
+):
+    "Feed a model's weights to a hash, by name."
+    for k, v in model.state_dict().items():
+        if k.startswith("target_"): continue
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 # %% ../nbs/13_checkpoint.ipynb #587464f4
 def to_upstream(

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 import tdmpc_opt_kit
 from .agent import PlanAgent, PolicyAgent, RandomAgent, TaskModels, make_agent
-from .checkpoint import read_card, write_json
+from .checkpoint import hash_weights, read_card, write_json
 from .config import ConfigError, default_preset, from_preset, nearest, pick_device
 from .data import episode_seed, roll
-from .distill import load_teachers
 from .envs import VecEnv
 from .planner import PlanConfig
 from .planner import plan_config as planner_settings
 from .tasks import EPISODE_LENGTH, MT30, task_set
+from .teachers import load_teachers
 from .world_model import WorldModel, model_size
 
 # %% ../nbs/41_evaluate.ipynb #2f32e70b
@@ -327,9 +327,7 @@ def fingerprint(
 ) -> str:              # 16 hexadecimal digits
     "A checksum of everything that acts: weights, and which model has which task."
     h = hashlib.blake2b(models.which.numpy().tobytes() + models.own.numpy().tobytes(), digest_size=8)
-    for m in models.models:
-        for k, v in m.state_dict().items():
-            if not k.startswith("target_"): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for m in models.models: hash_weights(h, m)
     return h.hexdigest()
 
 def _finished(
