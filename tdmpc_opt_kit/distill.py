@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DISTILL_PRESETS', 'Weights', 'Distill', 'reward_scale', 'DistillConfig', 'planning_tasks', 'run_tasks',
-           'check_data', 'Reseeded', 'prepare_store', 'Pair']
+           'check_data', 'Reseeded', 'prepare_store', 'Joined', 'Supply', 'Pair']
 
 # %% ../nbs/22_distill.ipynb #f15d6f07
 import os, zlib
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .agent import Agent, PolicyAgent, RandomAgent, TaskModels
 from .config import ConfigError, check_number, check_whole, nearest
-from .data import Store, chunk_files, collect, convert_chunks, is_store, open_chunk
+from .data import Mixture, Sampler, Store, chunk_files, collect, convert_chunks, is_store, open_chunk
 from .tasks import MT30, task_set
-from .teachers import Asked, load_teachers
+from .teachers import Annotations, Asked, Labels, annotate, load_teachers, untaught
 from .terms import (Projections, latent_loss, long_consistency_loss, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
     reward_ce_loss, reward_distill_loss, teacher_latents, value_distill_loss)
 from .train import Learner, TrainConfig
@@ -202,6 +202,12 @@ class DistillConfig:
     collect_episodes:int=20        # Episodes a task and noise strength, where data are collected
     noise_stds:tuple=(0., 0.2, 0.5) # Noise strengths of the collecting teachers
     random_episodes:int=5          # Episodes a task with uniform random actions
+    annotate:bool=True             # Write down once what the teachers say about the data? They are asked in every update otherwise
+    plan_rows:int=None             # Rows of each task that the teacher's planner is asked about, for plan_coef; None is all
+    dagger_rounds:int=0            # Times that the student rolls itself out and learns from what it met; 0 is off
+    dagger_episodes:int=5          # Episodes a task in each round
+    dagger_noise:float=0.          # Noise of the student's actions in them
+    dagger_share:float=0.5         # Of each batch from those episodes, as soon as there are any
     log_every:int=50               # Updates between lines in the log
     save_every:int=500             # Updates between checkpoints
     eval_every:int=1000            # Updates between evaluations on the way, policy alone; 0 for none
@@ -256,14 +262,18 @@ def _numbers(
 def _check_numbers(
     c:DistillConfig,  # To check
 ):
-    check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, long_horizon=0, seed=0)
+    check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, long_horizon=0, dagger_rounds=0, dagger_episodes=1, seed=0)
     check_number(c, "pi_coef", *(f.name for f in fields(Weights) if f.type is not bool))
     if 0 < c.long_horizon <= c.horizon: raise ConfigError(f"long_horizon must be 0 or more than horizon ({c.horizon}), not {c.long_horizon}.")
     check_number(c, "lr", above=True)
     check_number(c, "lr_final", high=1.)
+    check_number(c, "dagger_noise")
+    if not 0 < c.dagger_share < 1 or c.dagger_rounds and not 1 <= round(c.dagger_share * c.batch_size) < c.batch_size: raise ConfigError(f"dagger_share must be between 0 and 1 and leave slices of both kinds in a batch of {c.batch_size}, not {c.dagger_share!r}.")
+    if c.dagger_rounds >= c.steps: raise ConfigError(f"dagger_rounds must be below steps ({c.steps}), not {c.dagger_rounds}.")
+    if c.plan_rows is not None: check_whole(c, plan_rows=1)
     if c.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {c.precision!r}.")
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
-    for k in ("scratch", "explore", "reward_rollout", "task_scale"):
+    for k in ("scratch", "explore", "reward_rollout", "task_scale", "annotate"):
         if not isinstance(getattr(c, k), bool): raise ConfigError(f"{k} must be True or False, not {getattr(c, k)!r}.")
     if not c.noise_stds or not all(0 <= x < float("inf") for x in c.noise_stds): raise ConfigError(f"noise_stds must be numbers of at least 0, not {c.noise_stds}.")
     if len({f"{x:g}" for x in c.noise_stds}) < len(c.noise_stds): raise ConfigError(f"noise_stds has a strength twice: {c.noise_stds}; collect more episodes of one with collect_episodes.")
@@ -289,10 +299,11 @@ def run_tasks(
     cfg:DistillConfig,    # The run's settings
     teachers:TaskModels,  # Who teaches
 ) -> tuple:               # `TaskSpec`s
-    "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where a teacher is missing or its task unclear."
+    "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where none has a teacher, a task without one would have no data, or a teacher's task is unclear."
     if cfg.tasks is not None:
-        teachers.require(cfg.tasks, "teacher")
-        return task_set(cfg.tasks)
+        specs, without = task_set(cfg.tasks), untaught(teachers, cfg.tasks)
+        if len(without) == len(specs) or without and cfg.data_dir is None and not cfg.random_episodes: teachers.require(without, "teacher")
+        return specs
     unclear = [t.name for t in teachers.tasks if teachers.model_for(t).tasks is None]
     if len(unclear) > 1: raise ConfigError(f"teacher does not say which task it was trained for; its widths fit {', '.join(unclear)}. Name one: tasks={unclear[0]}.")
     return teachers.tasks
@@ -352,11 +363,97 @@ def prepare_store(
         _require(store, specs)
         return store
     store, g = Store.open_or_create(Path(out_dir)/"store"), torch.Generator()
-    jobs = [(f"teacher, noise {std:g}", PolicyAgent(teachers, std, g), cfg.collect_episodes, cfg.seed + i) for i, std in enumerate(cfg.noise_stds)]
-    if cfg.random_episodes: jobs.append(("uniform random", RandomAgent(g), cfg.random_episodes, cfg.seed + 1000))
-    for origin, agent, episodes, seed in jobs:
-        collect(Reseeded(agent, g, seed), specs, episodes, store, seed, origin=origin, progress=progress)
+    taught = [s for s in specs if teachers.which[s.index] >= 0]
+    jobs = [(f"teacher, noise {std:g}", PolicyAgent(teachers, std, g), taught, cfg.collect_episodes, cfg.seed + i) for i, std in enumerate(cfg.noise_stds)]
+    if cfg.random_episodes: jobs.append(("uniform random", RandomAgent(g), specs, cfg.random_episodes, cfg.seed + 1000))
+    for origin, agent, tasks, episodes, seed in jobs:
+        collect(Reseeded(agent, g, seed), tasks, episodes, store, seed, origin=origin, progress=progress)
     return store
+
+# %% ../nbs/22_distill.ipynb #6d2a9c02
+class Joined:
+    "Labels of a mixture's batches, each part from its own source."
+    def __init__(self,
+        mixture:Mixture, # Takes the batches apart
+        labels,          # batch -> `Labels`, for each part
+    ): self.mixture, self.labels, self.what = mixture, list(labels), labels[0].what
+
+    def __call__(self, batch) -> Labels:
+        got = [l(b) for l, b in zip(self.labels, self.mixture.parts(batch))]
+        return Labels(*(None if x[0] is None else torch.cat(x, int(k > 0)) for k, x in enumerate(zip(*got))))
+
+class Supply:
+    "Slices and labels for a run: of its data, and of what its student met."
+    def __init__(self,
+        cfg:DistillConfig,    # The run's settings
+        store:Store,          # From `prepare_store`
+        teachers:TaskModels,  # Who is asked
+        specs,                # `TaskSpec`s of the run
+        out_dir,              # Rounds go to its `rounds` folder
+        device="cpu",         # Of the batches
+        progress:bool=True,   # Show bars?
+        max_steps:int=500,    # Decisions an episode of a round
+    ):
+        self.cfg, self.store, self.teachers, self.specs, self.path, self.device, self.progress, self.max_steps = cfg, store, teachers, specs, Path(out_dir)/"rounds", device, progress, max_steps
+        self.rounds = 0
+        self.open(0)
+
+    def due(self,
+        step:int, # Updates done
+    ) -> int:
+        "Rounds that should have been played by then."
+        return min(self.cfg.dagger_rounds, step * (self.cfg.dagger_rounds + 1) // self.cfg.steps)
+
+    def next_stop(self,
+        step:int, # Updates done
+    ) -> int:
+        "The update before which the next round is played; the run's last one if none is left."
+        n, c = self.due(step) + 1, self.cfg
+        return -(-n * c.steps // (c.dagger_rounds + 1))
+
+    def labels_of(self, store:Store):
+        "What makes labels of a store's batches."
+        c, what = self.cfg, self.cfg.what
+        if not what or not c.annotate: return Asked(self.teachers, what)
+        annotate(store, self.teachers, what, self.specs, plan_rows=c.plan_rows, progress=self.progress)
+        return Annotations(store, self.teachers, what, specs=self.specs)
+
+    def open(self,
+        rounds:int, # That were played
+    ):
+        "Draw from the run's data and these rounds."
+        c, self.rounds = self.cfg, rounds
+        sampler = lambda s, seed: Sampler(s, self.specs, c.batch_size, c.slice_horizon, c.balance, seed, device=self.device)
+        self.sampler, self.labels = sampler(self.store, c.seed + 7919 * rounds), self.labels_of(self.store)
+        if rounds:
+            own = Store(self.path)
+            self.sampler = Mixture([self.sampler, sampler(own, c.seed + 7919 * rounds + 1)], [1 - c.dagger_share, c.dagger_share])
+            self.labels = Joined(self.sampler, [self.labels, self.labels_of(own)])
+
+    def play(self,
+        student:WorldModel, # As it is at this update
+        step:int,           # Updates done
+    ) -> bool:              # Was there something to play?
+        "Play the round that is due."
+        c, g = self.cfg, torch.Generator()
+        if self.due(step) <= self.rounds: return False
+        n, seed = self.rounds + 1, c.seed + 2000 + self.rounds
+        agent = Reseeded(PolicyAgent(student, c.dagger_noise, g), g, seed)
+        collect(agent, self.specs, c.dagger_episodes, Store.open_or_create(self.path), seed, origin=f"student, round {n}", max_steps=self.max_steps, progress=self.progress)
+        self.open(n)
+        return True
+
+    def state_dict(self) -> dict: return dict(rounds=self.rounds, sampler=self.sampler.state_dict())
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+        step:int,   # Updates done when it was taken
+    ):
+        "Go on from `state`; raises `ConfigError` if it was taken on other data or settings."
+        if self.due(step) > state["rounds"]: self.rounds = state["rounds"]  # A round is played before the next batch, and replaces the sampler
+        else:
+            if state["rounds"]: self.open(state["rounds"])
+            self.sampler.load_state_dict(state["sampler"])
 
 # %% ../nbs/22_distill.ipynb #c4e4772f
 class Pair:
