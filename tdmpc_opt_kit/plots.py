@@ -337,7 +337,7 @@ def latencies(
 def ablation(
     rows,             # Of `ablate.summarize`: dicts with setting, mode, iqm, low, high, low_whole, high_whole, better and its bounds; None where there is none
     reference:str,    # The setting that the others are compared with
-    title:str="Interquartile mean of the scores, and probability of being better than the reference, with 95 % intervals",
+    title:str="Interquartile means and probabilities of improvement, with 95 % intervals",
 ) -> go.Figure:
     "Points with intervals for each setting and mode."
     if not rows: raise ConfigError("There are no scores to draw: no child has finished.")
