@@ -375,7 +375,8 @@ def error_curves(
         x = list(range(1, all_.shape[1] + 1))
         for t, y in zip(tasks, all_): fig.add_scatter(x=x, y=y, mode="lines", line=dict(color=_fade(hue[name], 0.3), width=1), text=[t] * len(x), hovertemplate="%{text}, step %{x}: %{y:.2f}<extra>" + name + "</extra>", showlegend=False)
         fig.add_scatter(x=x, y=np.nanmedian(all_, 0), mode="lines+markers", name=name, line=dict(color=hue[name], width=3), marker_size=6)
-    style(fig, title, height=460).add_hline(y=1, line=dict(color="#111827", width=1.5, dash="dash"), annotation=dict(text="nothing changed"), annotation_position="top right")
+    style(fig, title, height=460).add_hline(y=1, line=dict(color="#111827", width=1.5, dash="dash"))
+    fig.add_annotation(x=1, xref="x domain", y=0, yanchor="bottom", xanchor="right", text="nothing changed", showarrow=False)  # On a logarithmic axis one stands at zero
     if planned: fig.add_vline(x=planned, line=dict(color="#6b7280", width=1, dash="dot"), annotation=dict(text="planner", font_color="#6b7280"), annotation_position="bottom right")
     fig.update_xaxes(title_text="steps without looking", dtick=1)
     y = [v for e in errors.values() for t in e.values() for v in t["ratio"] if v]
