@@ -13,7 +13,7 @@ ARGS ?=
 
 export JUPYTER_PREFER_ENV_PATH = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test bench lab clean distclean
+.PHONY: help setup distill ablate test bench lab clean distclean
 
 help:       ## this list
 	@echo "usage: make TARGET [ARGS=\"...\"] [PYTHON=/path/to/python3.12] [TDMPC_VENV=/an/environment/of/your/own]"
@@ -28,6 +28,11 @@ distill: setup ## distil the teachers into the 1M student; ARGS="-p steps 500" s
 	    -p out_dir "$(RUN)" $(ARGS) || \
 	{ rc=$$?; [ ! -e "$(RUN)/config.json" ] || echo "To go on from the last checkpoint: make distill RUN=$(RUN) ARGS=\"-p resume True\""; exit $$rc; }
 	@echo "Done. The executed notebook, with figures and video: $(RUN)/run_distill.ipynb; the numbers: $(RUN)/report.json"
+
+ablate: setup ## a grid of settings times seeds with statistics; ARGS="-p grid terms -p seeds 3", RUN= the folder
+	@cd "$(ROOT)" && d="$(if $(filter file,$(origin RUN)),runs/ablation-$$(date +%Y%m%d-%H%M%S),$(RUN))" && mkdir -p "$$d" && \
+	$(PY) -m papermill nbs/run_ablation.ipynb "$$d/run_ablation.ipynb" --cwd . --no-progress-bar --stdout-file - --stderr-file - -p out_dir "$$d" $(ARGS) || \
+	{ rc=$$?; [ ! -e "$$d/config.json" ] || echo "To go on where it stopped: make ablate RUN=$$d ARGS=\"-p resume True\" (and the same other parameters)"; exit $$rc; }
 
 test: setup ## every notebook, then every other test; ARGS="-k planner" picks some
 	@cd "$(ROOT)" && TDMPC_PRESET=tiny $(PY) -m pytest tests/test_notebooks.py $$(ls tests/test_*.py | grep -v test_notebooks) $(ARGS)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'OTHERS', 'colours', 'style', 'png', 'picture', 'save_figure', 'learning_curves', 'losses',
-           'teacher_curves', 'returns_by_task', 'score_bars', 'store_figure', 'latencies']
+           'teacher_curves', 'returns_by_task', 'score_bars', 'store_figure', 'latencies', 'ablation', 'error_curves']
 
 # %% ../nbs/51_plots.ipynb #1f692bf2
 import asyncio, atexit, io, math, os, threading, warnings
@@ -332,3 +332,52 @@ def latencies(
     fig.update_yaxes(autorange="reversed", showgrid=False)
     low, high = min(r.get("floor_ms") or r["ms"] for r in rows), max(r["high"] for r in rows)
     return fig.update_xaxes(type="log", title_text="ms", range=[np.log10(low) - 0.3, np.log10(high) + 0.8])
+
+# %% ../nbs/51_plots.ipynb #ab1a7e01
+def ablation(
+    rows,             # Of `ablate.summarize`: dicts with setting, mode, iqm, low, high, low_whole, high_whole, better and its bounds; None where there is none
+    reference:str,    # The setting that the others are compared with
+    title:str="Interquartile means and probabilities of improvement, with 95 % intervals",
+) -> go.Figure:
+    "Points with intervals for each setting and mode."
+    if not rows: raise ConfigError("There are no scores to draw: no child has finished.")
+    settings, modes = list(dict.fromkeys(r["setting"] for r in rows)), list(dict.fromkeys(r["mode"] for r in rows))
+    fig, hue = make_subplots(1, 2, column_widths=[0.62, 0.38], shared_yaxes=True, horizontal_spacing=0.03), colours(modes)
+    for i, mode in enumerate(modes):
+        mine = [r for r in rows if r["mode"] == mode]
+        at = [settings.index(r["setting"]) + 0.3 * (i - (len(modes) - 1) / 2) for r in mine]
+        for col, (what, low, high) in enumerate((("iqm", "low", "high"), ("better", "better_low", "better_high")), 1):
+            for suffix, width in (("_whole", 1.5), ("", 5)):
+                ends = [(r[low + suffix], r[high + suffix], y) for r, y in zip(mine, at) if r.get(low + suffix) is not None]
+                fig.add_scatter(x=[v for a, b, _ in ends for v in (a, b, None)], y=[v for *_, y in ends for v in (y, y, None)], mode="lines", line=dict(color=_fade(hue[mode], 0.45) if not suffix else hue[mode], width=width), hoverinfo="skip", showlegend=False, row=1, col=col)
+            there = [(r, y) for r, y in zip(mine, at) if r[what] is not None]
+            fig.add_scatter(x=[r[what] for r, _ in there], y=[y for _, y in there], mode="markers", name=mode, marker=dict(color=hue[mode], size=9), text=[f"{r['setting']}, {r['seeds']} seeds" for r, _ in there],
+                hovertemplate="%{text}: %{x:.3g}<extra></extra>", showlegend=col == 1 and len(modes) > 1, row=1, col=col)
+    style(fig, title, height=140 + 34 * len(settings))
+    fig.update_layout(margin=dict(l=40 + 8 * max(len(s) + 12 * (s == reference) for s in settings)))
+    fig.update_yaxes(tickvals=list(range(len(settings))), ticktext=[f"<b>{s}</b> (reference)" if s == reference else s for s in settings], range=[len(settings) - 0.5, -0.5], showgrid=True)
+    fig.add_vline(x=0.5, line=dict(color="#6b7280", width=1, dash="dot"), row=1, col=2)
+    fig.update_xaxes(title_text="interquartile mean, 0 to 100", row=1, col=1)
+    return fig.update_xaxes(title_text=f"P(better than {reference})", range=[-0.03, 1.03], row=1, col=2)
+
+# %% ../nbs/51_plots.ipynb #ab1a7e04
+def error_curves(
+    errors,     # Model -> task -> dict with ratio, one number a step, as `ModelError.to_dict` makes it
+    planned:int|None=3, # Steps that the planner looks ahead, marked
+    title:str="Latent prediction error over that of predicting no change",
+) -> go.Figure:
+    "A thin line for each task and a thick one for the median of each model."
+    errors = {n: e for n, e in errors.items() if e}
+    if not errors: raise ConfigError("There are no errors to draw.")
+    fig, hue = go.Figure(), colours(errors)
+    for name, tasks in errors.items():
+        all_ = np.array([e["ratio"] for e in tasks.values()], float)
+        x = list(range(1, all_.shape[1] + 1))
+        for t, y in zip(tasks, all_): fig.add_scatter(x=x, y=y, mode="lines", line=dict(color=_fade(hue[name], 0.3), width=1), text=[t] * len(x), hovertemplate="%{text}, step %{x}: %{y:.2f}<extra>" + name + "</extra>", showlegend=False)
+        fig.add_scatter(x=x, y=np.nanmedian(all_, 0), mode="lines+markers", name=name, line=dict(color=hue[name], width=3), marker_size=6)
+    style(fig, title, height=460).add_hline(y=1, line=dict(color="#111827", width=1.5, dash="dash"))
+    fig.add_annotation(x=1, xref="x domain", y=0, yanchor="bottom", xanchor="right", text="nothing changed", showarrow=False)  # On a logarithmic axis one stands at zero
+    if planned: fig.add_vline(x=planned, line=dict(color="#6b7280", width=1, dash="dot"), annotation=dict(text="planner", font_color="#6b7280"), annotation_position="bottom right")
+    fig.update_xaxes(title_text="steps without looking", dtick=1)
+    y = [v for e in errors.values() for t in e.values() for v in t["ratio"] if v]
+    return fig.update_yaxes(type="log", title_text="ratio of mean errors", **_log_ticks(min(y), max(y)))
