@@ -27,7 +27,7 @@ def _struct(name:str, *fields): # (type, names)
 _ULayer = _struct("_ULayer", (_I, "K N ld"), (_P, "w b ln_w ln_b dw db dln_w dln_b pack packT h dy xhat rstd"))
 _UNet = _struct("_UNet", (_I, "depth tail R logits shares"), (_ULayer * 8, ["l"][0]), (_P, "table d_table d_emb sums"))
 _Update = _struct("_Update", (_I, "B Bs H O D A C T E threads bf16"), (_I * 2, "heads"), (_I, "num_heads Np"), (_F, "gamma rho drop"), (ctypes.c_uint32, "seed"),
-    (_P, "nets emb mask bins task obs action reward noise next_z target zs logits loss"), (_F * 3, "losses"), (_P, "d_rew d_q"), (_F, "g_cons g_rew g_val"), (_P, "g_zs g_logits q logp pi_raw pi_a"), (_F, "g_pi entropy scale"))
+    (_P, "nets emb mask bins d_emb task obs action reward noise next_z target zs logits loss"), (_F * 3, "losses"), (_P, "d_rew d_q"), (_F, "g_cons g_rew g_val"), (_P, "g_zs g_logits q logp pi_raw pi_a"), (_F, "g_pi entropy scale"))
 
 _PANEL, _TILE, _BLOCK, _LOGITS = 32, 48, 32, 128
 
@@ -55,13 +55,14 @@ class Program:
         horizon:int,        # Steps H
         bf16:bool=False,    # Products in bfloat16?
     ):
-        self.model, self.B, self.H, self.bf16, self.turn, self.upstream, c = model, batch_size, horizon, bf16, 0, None, model.cfg
+        self.model, self.B, self.H, self.bf16, self.turn, self.upstream, self.known, c = model, batch_size, horizon, bf16, 0, None, None, model.cfg
         self.lib, T = kernels().lib, len(model.action_mask)
         nets = [_layers(m) for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head)] + _heads(model) + _stack(model.target_q_heads, c.num_q)
-        own = [(n, p) for n, p in model.named_parameters() if not n.startswith("target_")]
+        own = sorted([(n, p) for n, p in model.named_parameters() if not n.startswith("target_")], key=lambda x: x[0].startswith("pi_head."))  # The world model's half first
         self.half = dict(world=[(n, p) for n, p in own if not n.startswith("pi_head.")], policy=[(n, p) for n, p in own if n.startswith("pi_head.")])
         self.held = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
         self.flat = torch.empty(sum(p.numel() for _, p in own), device="cpu")
+        self.parts = dict(zip(("world", "policy"), self.flat.split([sum(p.numel() for n, p in own if n.startswith("pi_head.") == k) for k in (False, True)])))
         self.grads = dict(zip((n for n, _ in own), (g.view(p.shape) for g, (_, p) in zip(self.flat.split([p.numel() for _, p in own]), own))))
         self.nets, self.update = (_UNet * (len(nets) + 2))(), _Update()
         self.d_emb = torch.zeros(len(nets), T, c.task_dim, device="cpu")
@@ -140,6 +141,7 @@ def _lay_out(self:Program, nets, T:int):
         if room.base is None: room.base = torch.empty(room.at, device="cpu")
     self.memory = room.base
     u.B, u.Bs, u.H, u.O, u.D, u.A, u.C, u.T, u.E, u.bf16, u.Np = B, Bs, H, c.obs_dim, c.latent_dim, c.action_dim, C, T, E, self.bf16, _LOGITS
+    u.d_emb = self.grads["task_emb.weight"].data_ptr() if E else None
     u.nets, u.mask, u.bins = ctypes.addressof(self.nets), self.fixed["mask"].data_ptr(), self.fixed["bins"].data_ptr()
 
 # %% ../nbs/19_fused.ipynb #19f0000c
@@ -186,8 +188,11 @@ def world(self:Program,
 def _task(self:Program, task:Tensor) -> Tensor:
     "Known task indices; a model of a single task ignores what is given."
     if self.model.task_emb is None: return torch.zeros(self.B, dtype=torch.int64, device="cpu")
+    if self.known is not None and self.known[0] is task and self.known[1] == task._version: return self.task
+    given = task
     task, n = task.detach().to("cpu", torch.int64).expand(self.B).contiguous(), len(self.model.action_mask)
     if not 0 <= int(task.min()) <= int(task.max()) < n: raise IndexError(f"Task indices from 0 to {n - 1} are needed, not {sorted(set(task.tolist()))}.")
+    self.known = given, given._version
     return task
 
 @patch
@@ -229,13 +234,19 @@ def backward(self:Program):
     u.g_zs, u.g_logits = (None if g is None else g.data_ptr() for g in more)
     self._own_gradients("world")
     self.lib.world_backward(ctypes.byref(u))
-    if self.model.task_emb is not None: torch.sum(self.d_emb[[i for i in range(4 + u.C) if i != 3]], 0, out=self.grads["task_emb.weight"])
     self.upstream = self.args = None
     self._install("world")
 
 @patch
 def _install(self:Program, half:str):
     for n, p in self.half[half]: p.grad = self.grads[n] if (g := p.grad) is None else g + self.grads[n]
+
+@patch
+def flat_gradients(self:Program, params) -> Tensor|None: # `[n]`
+    "The gradients of these parameters as one tensor, if they are just those that were made here."
+    params = [p for p in params if p.grad is not None]
+    for half, own in self.half.items():
+        if len(own) == len(params) and all(p.grad is self.grads[n] for n, p in own) and {id(p) for p in params} == {id(p) for _, p in own}: return self.parts[half]
 
 @patch
 def _own_gradients(self:Program, half:str):

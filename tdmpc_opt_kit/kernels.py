@@ -801,7 +801,7 @@ struct UNet {
 struct Update {
     int B, Bs, H, O, D, A, C, T, E, threads, bf16, heads[2], num_heads, Np; float gamma, rho, drop; uint32_t seed;
     UNet *nets;                                      // encoder, dynamics, reward, policy, C heads, C target heads, two slots for the heads that the policy asks
-    const float *emb, *mask, *bins;
+    const float *emb, *mask, *bins; float* d_emb;     // d_emb: of the world model's half, summed over its nets [T, E]
     const int64_t* task; const float *obs, *action, *reward, *noise;  // [B], [H+1, B, O], [H, B, A], [H, B], of the policy [H (+ 1), B, A]
     float *next_z, *target, *zs, *logits, *loss;     // [H, B, D], [H, B], [H+1, B, D], [H, B, 101], by block [blocks, 3, H]
     float losses[3]; float *d_rew, *d_q;                              // softmax less two-hot [H * Bs, Np], [C, H * Bs, Np]
@@ -1181,7 +1181,8 @@ extern "C" void world_forward(Update* u) {
 extern "C" void world_backward(Update* u) {
     std::lock_guard<std::mutex> only(*one_call);
     parallel(blocks_of(*u), u->threads, [&](int k) { world_back_block(*u, k); });
-    u_gradients(*u, world_nets(*u), blocks_of(*u));
+    auto nets = world_nets(*u); u_gradients(*u, nets, blocks_of(*u));
+    for (int k = 0; k < u->T * u->E; k++) { float s = 0; for (int i : nets) s += u->nets[i].d_emb[k]; u->d_emb[k] = s; }
 }
 // the policy's own loss: its nets are the policy, kept, and the chosen heads, of which no weights' gradients are wanted
 static void policy_block(Update& u, int k) {

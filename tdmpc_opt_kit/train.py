@@ -143,9 +143,11 @@ def __getstate__(self:Learner) -> dict: return self.__dict__ | dict(program=None
 def clip_gradients(
     params,     # With gradients
     most:float, # Largest norm
+    program=None, # Whose memory they may lie in as one piece
 ) -> Tensor:    # The norm before, a scalar
     "Scale all gradients down to a norm where they exceed it."
-    grads = [p.grad for p in params if p.grad is not None]
+    flat = program and program.flat_gradients(params)
+    grads = [p.grad for p in params if p.grad is not None] if flat is None else [flat]
     own = kernels() is not None and all(g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous() for g in grads)
     norm = total_norm(grads) if own else nn.utils.get_total_norm(grads)
     if norm.device.type != "cpu" or float(norm) > most: nn.utils.clip_grads_with_norm_(params, most, norm)
@@ -183,7 +185,7 @@ def pi_update(self:Learner,
         loss = policy_loss(q, out.log_prob, self.scale.value, c.rho, c.entropy_coef)
         (c.pi_coef * loss).backward()
         stats = dict(pi_loss=loss.detach(), pi_scale=self.scale.value.clone(), entropy=-out.log_prob.detach().mean())
-    clip_gradients(self.pi_params, c.grad_clip)
+    clip_gradients(self.pi_params, c.grad_clip, self.program)
     step_(self.pi_opt)
     return stats
 
@@ -216,7 +218,7 @@ def update(self:Learner,
         for v in extra.values(): total = total + v
         total.backward()
         if self.program: self.program.backward()
-        norm = clip_gradients(self.params, c.grad_clip)
+        norm = clip_gradients(self.params, c.grad_clip, self.program)
         step_(self.opt)
         pi = self.pi_update(zs.detach(), batch.task, noise and noise[1])
         m.update_target(c.tau)
