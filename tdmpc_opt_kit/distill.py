@@ -415,7 +415,7 @@ class Supply:
         "What makes labels of a store's batches."
         c, what = self.cfg, self.cfg.what
         if not what or not c.annotate: return Asked(self.teachers, what)
-        annotate(store, self.teachers, what, self.specs, plan_rows=c.plan_rows, progress=self.progress)
+        annotate(store, self.teachers, what, self.specs, plan_rows=c.plan_rows, progress=self.progress, wait=True)
         return Annotations(store, self.teachers, what, specs=self.specs)
 
     def open(self,

@@ -293,7 +293,7 @@ def plan_order(
 
 # %% ../nbs/16_teachers.ipynb #0b27d6ef
 @contextmanager
-def _only_writer(store:Store):
+def _only_writer(store:Store, wait:bool=False):
     "Be the only process that writes annotations of a store; raises `ConfigError` if another one does, or nobody may."
     import fcntl
     folder = store.path/"annotations"
@@ -305,7 +305,10 @@ def _only_writer(store:Store):
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise ConfigError(f"{folder} is being written by process {f.read().strip() or 'unknown'}; wait for it to finish, or stop it.") from None
+            who = f.read().strip() or "unknown"
+            if not wait: raise ConfigError(f"{folder} is being written by process {who}; wait for it to finish, or stop it.") from None
+            print(f"{folder} is being written by process {who}; waiting for it.")
+            fcntl.flock(f, fcntl.LOCK_EX)
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -379,6 +382,7 @@ def annotate(
     plan_rows=None,          # Rows to plan in, of each task; all if None
     piece:int=65_536,        # Rows put to disk together, at most
     progress:bool=True,      # Show bars with the time left
+    wait:bool=False,         # Wait for another process that writes there? It is an error otherwise
 ) -> dict:                   # rows and plans that were computed now, seconds, and rows by task
     "Write down what teachers say about a store's rows; called again, it does what is left. Raises `ConfigError`."
     store, teachers, what, cfg = Store(getattr(store, "path", store)), TaskModels(teachers), _asked(what), plan_config or PlanConfig()
@@ -387,7 +391,7 @@ def annotate(
     specs = [t for t in task_set(specs or store.tasks) if teachers.which[t.index] >= 0]
     if not specs: raise ConfigError(f"No teacher for any task; there is one for {', '.join(t.name for t in teachers.tasks)}.")
     quick, t0, out = [w for w in what if w != "plan"], time.perf_counter(), dict(rows=0, plans=0, tasks={})
-    with _only_writer(store):
+    with _only_writer(store, wait):
         jobs = []
         for name, fields, keys in [("answers", quick, annotation_keys(teachers, specs))] * bool(quick) + [("plans", ["plan"], annotation_keys(teachers, specs, cfg))] * ("plan" in what):
             kept = [(t, Kept(store, store._has(t), keys[t.name])) for t in specs]
