@@ -202,8 +202,8 @@ class DistillConfig:
     collect_episodes:int=20        # Episodes a task and noise strength, where data are collected
     noise_stds:tuple=(0., 0.2, 0.5) # Noise strengths of the collecting teachers
     random_episodes:int=5          # Episodes a task with uniform random actions
-    annotate:bool=True             # Write down once what the teachers say about the data? They are asked in every update otherwise
-    plan_rows:int=None             # Rows of each task that the teacher's planner is asked about, for plan_coef; None is all
+    annotate:bool=True             # Write down once what the teachers say about the data? They are asked in every update otherwise, and where a run is too short to see every row
+    plan_rows:int=1000             # Rows of each task that the teacher's planner is asked about, for plan_coef
     dagger_rounds:int=0            # Times that the student rolls itself out and learns from what it met; 0 is off
     dagger_episodes:int=5          # Episodes a task in each round
     dagger_noise:float=0.          # Noise of the student's actions in them
@@ -262,15 +262,14 @@ def _numbers(
 def _check_numbers(
     c:DistillConfig,  # To check
 ):
-    check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, long_horizon=0, dagger_rounds=0, dagger_episodes=1, seed=0)
+    check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, long_horizon=0, dagger_rounds=0, dagger_episodes=1, plan_rows=1, seed=0)
     check_number(c, "pi_coef", *(f.name for f in fields(Weights) if f.type is not bool))
     if 0 < c.long_horizon <= c.horizon: raise ConfigError(f"long_horizon must be 0 or more than horizon ({c.horizon}), not {c.long_horizon}.")
     check_number(c, "lr", above=True)
     check_number(c, "lr_final", high=1.)
     check_number(c, "dagger_noise")
-    if not 0 < c.dagger_share < 1 or c.dagger_rounds and not 1 <= round(c.dagger_share * c.batch_size) < c.batch_size: raise ConfigError(f"dagger_share must be between 0 and 1 and leave slices of both kinds in a batch of {c.batch_size}, not {c.dagger_share!r}.")
+    if not 0 < c.dagger_share < 1 or c.dagger_rounds and not c.dagger_rounds <= c.dagger_share * c.batch_size <= c.batch_size - 1: raise ConfigError(f"dagger_share must be between 0 and 1 and leave slices of the data and of each of {c.dagger_rounds} rounds in a batch of {c.batch_size}, not {c.dagger_share!r}.")
     if c.dagger_rounds >= c.steps: raise ConfigError(f"dagger_rounds must be below steps ({c.steps}), not {c.dagger_rounds}.")
-    if c.plan_rows is not None: check_whole(c, plan_rows=1)
     if c.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {c.precision!r}.")
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
     for k in ("scratch", "explore", "reward_rollout", "task_scale", "annotate"):
@@ -414,7 +413,10 @@ class Supply:
     def labels_of(self, store:Store):
         "What makes labels of a store's batches."
         c, what = self.cfg, self.cfg.what
-        if not what or not c.annotate: return Asked(self.teachers, what)
+        seen = c.steps * c.batch_size * (c.slice_horizon + 1)
+        if not what or not c.annotate or seen < sum(store.num_rows(s) for s in self.specs) and "plan" not in what: return Asked(self.teachers, what)
+        try: return Annotations(store, self.teachers, what, specs=self.specs)  # All there, perhaps in a folder that nobody may write to
+        except ConfigError: pass
         annotate(store, self.teachers, what, self.specs, plan_rows=c.plan_rows, progress=self.progress, wait=True)
         return Annotations(store, self.teachers, what, specs=self.specs)
 
@@ -426,9 +428,9 @@ class Supply:
         sampler = lambda s, seed: Sampler(s, self.specs, c.batch_size, c.slice_horizon, c.balance, seed, device=self.device)
         self.sampler, self.labels = sampler(self.store, c.seed + 7919 * rounds), self.labels_of(self.store)
         if rounds:
-            own = Store(self.path)
-            self.sampler = Mixture([self.sampler, sampler(own, c.seed + 7919 * rounds + 1)], [1 - c.dagger_share, c.dagger_share])
-            self.labels = Joined(self.sampler, [self.labels, self.labels_of(own)])
+            own = [Store(self.path/str(k + 1)) for k in range(rounds)]
+            self.sampler = Mixture([self.sampler, *(sampler(s, c.seed + 7919 * rounds + k + 1) for k, s in enumerate(own))], [1 - c.dagger_share] + [c.dagger_share / rounds] * rounds)
+            self.labels = Joined(self.sampler, [self.labels, *map(self.labels_of, own)])
 
     def play(self,
         student:WorldModel, # As it is at this update
@@ -439,7 +441,7 @@ class Supply:
         if self.due(step) <= self.rounds: return False
         n, seed = self.rounds + 1, c.seed + 2000 + self.rounds
         agent = Reseeded(PolicyAgent(student, c.dagger_noise, g), g, seed)
-        collect(agent, self.specs, c.dagger_episodes, Store.open_or_create(self.path), seed, origin=f"student, round {n}", max_steps=self.max_steps, progress=self.progress)
+        collect(agent, self.specs, c.dagger_episodes, Store.open_or_create(self.path/str(n)), seed, origin=f"student, round {n}", max_steps=self.max_steps, progress=self.progress)
         self.open(n)
         return True
 

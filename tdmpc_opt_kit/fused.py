@@ -55,7 +55,7 @@ class Program:
         horizon:int,        # Steps H
         bf16:bool=False,    # Products in bfloat16?
     ):
-        self.model, self.B, self.H, self.bf16, self.turn, self.upstream, self.known, c = model, batch_size, horizon, bf16, 0, None, None, model.cfg
+        self.model, self.B, self.H, self.bf16, self.turn, self.upstream, self.args, c = model, batch_size, horizon, bf16, 0, None, None, model.cfg
         self.lib, T = kernels().lib, len(model.action_mask)
         nets = [_layers(m) for m in (model.encoder, model.dynamics, model.reward_head, model.pi_head)] + _heads(model) + _stack(model.target_q_heads, c.num_q)
         own = sorted([(n, p) for n, p in model.named_parameters() if not n.startswith("target_")], key=lambda x: x[0].startswith("pi_head."))  # The world model's half first
@@ -156,7 +156,7 @@ class _World(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         p = ctx.program
-        if ctx.turn != p.turn: raise RuntimeError("This forward pass was followed by another of the same Program, which has overwritten what it kept.")
+        if ctx.turn != p.turn: raise RuntimeError("This forward pass was followed by its backward pass or by another of the same Program, and what it kept is overwritten.")
         p.upstream = grads if p.upstream is None else tuple(b if a is None else a if b is None else a + b for a, b in zip(p.upstream, grads))
         return None, None
 
@@ -188,11 +188,8 @@ def world(self:Program,
 def _task(self:Program, task:Tensor) -> Tensor:
     "Known task indices; a model of a single task ignores what is given."
     if self.model.task_emb is None: return torch.zeros(self.B, dtype=torch.int64, device="cpu")
-    if self.known is not None and self.known[0] is task and self.known[1] == task._version: return self.task
-    given = task
     task, n = task.detach().to("cpu", torch.int64).expand(self.B).contiguous(), len(self.model.action_mask)
     if not 0 <= int(task.min()) <= int(task.max()) < n: raise IndexError(f"Task indices from 0 to {n - 1} are needed, not {sorted(set(task.tolist()))}.")
-    self.known = given, given._version
     return task
 
 @patch
@@ -234,6 +231,7 @@ def backward(self:Program):
     u.g_zs, u.g_logits = (None if g is None else g.data_ptr() for g in more)
     self._own_gradients("world")
     self.lib.world_backward(ctypes.byref(u))
+    self.turn += 1  # What was kept is used up: gradients lie where normed outputs were
     self.upstream = self.args = None
     self._install("world")
 
@@ -279,6 +277,7 @@ def policy_backward(self:Program,
     entropy:float,  # Weight of the log probability
 ):
     "Gradients of the policy's parameters, into `.grad`."
+    if self.args is None: raise RuntimeError("Program.policy_backward comes once after Program.policy.")
     u = self.update
     u.g_pi, u.scale, u.entropy = coef, scale, entropy
     self._own_gradients("policy")
@@ -317,6 +316,7 @@ def adam_step(
                 if (grad := p.grad) is None: continue
                 s = opt.state[p]
                 if not s: s.update(step=torch.zeros((), device="cpu"), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                if s["step"].dtype != torch.float32: s["step"] = s["step"].float()  # As PyTorch makes it under another default type
                 if not grad.is_contiguous(): held.append(grad := grad.contiguous())
                 rows.append((p.data_ptr(), s["exp_avg"].data_ptr(), s["exp_avg_sq"].data_ptr(), grad.data_ptr(), s["step"].data_ptr(), p.numel(), g["lr"], g["eps"]))
                 params.append(p)

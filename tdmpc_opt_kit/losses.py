@@ -88,7 +88,8 @@ class RunningScale:
         "Move toward the batch's percentile range."
         v = q.float().flatten().sort().values  # A third of what `torch.quantile` takes, which does the same
         ends = [torch.lerp(v[int(at)], v[min(int(at) + 1, len(v) - 1)], at % 1) for at in (0.05 * (len(v) - 1), 0.95 * (len(v) - 1))]
-        self.value.lerp_((ends[1] - ends[0]).clamp(min=1.), self.tau)
+        top = torch.where(v[-1].isnan(), v[-1], ends[1])  # A NaN is sorted to the end, and stays one
+        self.value.lerp_((top - ends[0]).clamp(min=1.), self.tau)
 
 # %% ../nbs/20_losses.ipynb #99fc24ca
 def policy_loss(

@@ -300,7 +300,7 @@ def _only_writer(store:Store, wait:bool=False):
     try:
         folder.mkdir(exist_ok=True)
         f = open(folder/"lock", "a+")
-    except OSError as e: raise ConfigError(f"{folder}: annotations cannot be written there ({e.strerror}); copy the store to a folder that is yours.") from None
+    except OSError as e: raise ConfigError(f"{folder}: annotations cannot be written there ({e.strerror}); copy the store to a folder that is yours, or ask the teachers in every update (`Asked`; annotate=False in run_distill).") from None
     with f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

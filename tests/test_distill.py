@@ -243,7 +243,7 @@ def test_rounds_of_its_own_and_a_task_without_a_teacher(home, tmp_path):
     report = papermill(whole, **kw)
     assert report["tasks_without_teacher"] == ["cup-spin"] and report["dagger"] == dict(rounds=1, episodes=1, share=0.5)
     assert set(report["scores"]["teacher"]["policy"]["returns"]) == set(TASKS.split(",")) and len(report["scores"]["student"]["policy"]["returns"]) == 3
-    own = Store(whole/"run"/"rounds")
+    own = Store(whole/"run"/"rounds"/"1")
     assert [o["name"] for o in own.origins] == ["student, round 1"] and set(own.tasks) == {s.name for s in task_set(kw["tasks"])}
     shutil.copytree(whole/"run", (crashed := tmp_path/"crashed")/"run")
     for p in (crashed/"run"/"checkpoints").iterdir():
