@@ -108,7 +108,7 @@ def _ask(self:TaskModels,
     if len(shape) != 1: task, inputs = task.expand(shape).reshape(-1), [x.reshape(-1, x.shape[-1]) for x in inputs]
     groups, out = self.groups(task), None
     for model, rows, own in groups:
-        p = model.reward_head[-1].weight
+        p = model.encoder[0].weight
         got = f(model, own.to(p.device), *(x[rows].to(p) for x in inputs))
         got = [F.pad(g.to(device, torch.float32), (0, w - g.shape[-1])) for g, w in zip(got, widths)]
         if isinstance(rows, slice): out = got
@@ -217,6 +217,8 @@ class PlanAgent(Agent):
         explore:bool=False,          # Add noise of the plan's final std?
     ):
         self.models, self.cfg, self.generator, self.explore = TaskModels(models), cfg, generator, explore
+        if alone := [t.name for t in self.models.tasks if not self.models.model_for(t).imagines]:
+            raise ConfigError(f"The model of {', '.join(alone)} is a policy alone, so nobody can plan with it; use mode 'policy', or the whole model.")
         self.reset()
 
     def reset(self):
@@ -224,11 +226,11 @@ class PlanAgent(Agent):
         self.mean, self.info = None, []  # info: (rows, PlanInfo) for each model of the last call
 
     def choose(self, obs, task, first, rows, num):
-        if self.mean is None or len(self.mean) != num and first.all(): self.mean = torch.zeros(num, self.cfg.horizon, MAX_ACTION, device=self.models.models[0].reward_head[-1].weight.device)
+        if self.mean is None or len(self.mean) != num and first.all(): self.mean = torch.zeros(num, self.cfg.horizon, MAX_ACTION, device=self.models.models[0].encoder[0].weight.device)
         if len(self.mean) != num: raise ValueError(f"The agent has plans for {len(self.mean)} environments and was asked about {num}; call reset() first.")
         rows, action, self.info = torch.arange(num)[rows], torch.zeros(len(task), MAX_ACTION), []
         for model, r, own in self.models.groups(task):
-            c, dev = model.cfg, model.reward_head[-1].weight.device
+            c, dev = model.cfg, model.encoder[0].weight.device
             at = slice(None) if len(own) == num else rows[r].to(self.mean.device)  # an index tensor would make the device wait for the CPU
             state = PlanState(self.mean[at, :, :c.action_dim].to(dev))
             a, state, info = plan(model, obs[r, :c.obs_dim].to(dev), own.to(dev), state, self.cfg, self.generator, self.explore, first[r].to(dev))
@@ -249,5 +251,5 @@ def make_agent(
     models = TaskModels(models)
     if mode == "policy": return PolicyAgent(models, "sample" if explore else 0., torch.Generator().manual_seed(seed))
     if mode != "plan": raise ConfigError(f"mode is 'plan' or 'policy', not {mode!r}.")
-    g = torch.Generator(models.models[0].reward_head[-1].weight.device).manual_seed(seed)
+    g = torch.Generator(models.models[0].encoder[0].weight.device).manual_seed(seed)
     return PlanAgent(models, plan_config or PlanConfig(), g, explore)

@@ -27,7 +27,7 @@ def open_loop(
     error, still = (torch.zeros(len(batch.action), len(batch.task)) for _ in range(2))
     with torch.no_grad():
         for m, rows, own in models.groups(batch.task):
-            p = m.reward_head[-1].weight
+            p = m.encoder[0].weight
             obs, action = (x[:, rows].to(p) for x in (batch.obs[..., :m.cfg.obs_dim], batch.action[..., :m.cfg.action_dim]))
             truth, own = m.encode(obs, own.to(p.device)), own.to(p.device)
             z = truth[0]

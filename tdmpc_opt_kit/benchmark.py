@@ -158,7 +158,7 @@ def bench_plan(
     rates:dict|None=None,             # From `ceilings`
 ) -> list:                            # Rows
     "One planned action, alone and in a batch, by precision, beside the plain implementation."
-    dev, n = model.reward_head[-1].weight.device, 1 if model.tasks is None else len(model.tasks)
+    dev, n = model.encoder[0].weight.device, 1 if model.tasks is None else len(model.tasks)
     obs, task = torch.randn(pairs, model.cfg.obs_dim, device=dev), (torch.arange(pairs) % n).to(dev)
     def one(m, precision, k=1):
         c, state = PlanConfig(**{**cfg.__dict__, "precision": precision}), PlanState(torch.zeros(k, cfg.horizon, model.cfg.action_dim, device=dev))
@@ -211,7 +211,7 @@ def bench_update(
     rates:dict|None=None,
 ) -> list:               # Rows
     "One update with the paper's distillation term (the teacher's rewards given), by precision, beside the plain implementation."
-    dev, rates = model.reward_head[-1].weight.device, rates or {}
+    dev, rates = model.encoder[0].weight.device, rates or {}
     n = 1 if model.tasks is None else len(model.tasks)
     batch, teacher = random_batch(model.cfg, n, batch_size, device=dev), torch.rand(batch_size, 1, device=dev)
     terms = lambda learner, b, zs, logits: dict(reward_distill_loss=0.45 * reward_distill_loss(logits[0], teacher))

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import ConfigError, machine, nearest, pick_device, versions
 from .tasks import MAX_ACTION, MAX_OBS, task_set
-from .world_model import LOG_STD_MAX, LOG_STD_MIN, SIZES, ModelConfig, WorldModel
+from .world_model import LOG_STD_MAX, LOG_STD_MIN, SIZES, ModelConfig, PolicyModel, WorldModel
 
 # %% ../nbs/13_checkpoint.ipynb #d2337854
 _modules = {"_task_emb": "task_emb", "_encoder.state": "encoder", "_dynamics": "dynamics", "_reward": "reward_head", "_pi": "pi_head"}
@@ -232,7 +232,7 @@ def save_world_model(
     state = {k: _convert(v, None if dtype is None else _dtype(dtype), "cpu", f"cannot store {path}", k) for k, v in model.state_dict().items()
              if include_target or not k.startswith("target_")}
     card = dict(model=dataclasses.asdict(model.cfg), tasks=model.tasks and list(model.tasks), dtype=str(next(iter(state.values())).dtype)[6:],
-        num_params=model.num_params, origin=origin, metrics=metrics or {})
+        num_params=model.num_params, origin=origin, metrics=metrics or {}) | (dict() if model.imagines else dict(policy_only=True))
     write_safetensors(state, path, dict(format=FORMAT, version=VERSION, config=json.dumps(jsonable(card))))
     return path
 
@@ -342,7 +342,7 @@ def _model_of(e:Entries, tasks=None) -> WorldModel:
     names = _tasks_of(e, cfg, tasks)
     try:
         if cfg.num_enc_layers > len(e.shapes): raise ConfigError(f"there cannot be {cfg.num_enc_layers} encoder layers in {len(e.shapes)} tensors.")
-        with no_weights(): model = WorldModel(cfg, names)
+        with no_weights(): model = (PolicyModel if e.card and e.card.get("policy_only") else WorldModel)(cfg, names)
     except ConfigError as err: raise ConfigError(f"{e.path}: {err}") from None
     except (RuntimeError, OverflowError, TypeError, ValueError) as err: raise ConfigError(f"{e.path}: its header is broken (no tensor can have such widths: {str(err).splitlines()[0][:80]})") from None
     no_target = not any(k.startswith("target_") for k in e.shapes)
@@ -369,7 +369,7 @@ def load_world_model(
     device="cpu",        # "auto", or a torch device
     dtype=torch.float32, # Of the weights after loading
     tasks=None,          # Task names, for an upstream file of other tasks than MT30 (in the order of its rows) or of a single task
-) -> WorldModel:         # In eval mode
+) -> WorldModel:         # In eval mode; a `PolicyModel` if that is what was stored
     "Read a world model of any layout without running code from the file; raises `ConfigError` naming the file and the remedy."
     device, dtype = pick_device(device), _dtype(dtype)
     e = _open(path)
@@ -419,6 +419,7 @@ def to_upstream(
     layout:str="2023",  # "2023" or "2025"
 ) -> dict:              # A state dict with upstream's names, on CPU
     "The state dict that upstream's code would have saved; raises `ConfigError` for an unknown layout."
+    if not model.imagines: raise ConfigError("Upstream's code has no place for a policy alone; store the whole model, or write this one with save_world_model.")
     if layout not in LAYOUTS: raise ConfigError(f"There is no layout {layout!r}; there are {' and '.join(LAYOUTS)}.")
     state = {upstream_name(k, layout): v.detach().cpu().clone() for k, v in model.state_dict().items()}
     if layout == "2023": return state

@@ -116,7 +116,7 @@ def _policy(self:Distill, m, batch, zs, said) -> dict:
 def _projections(self:Distill, model:WorldModel) -> Projections:
     "Made for the student's latent when it is first needed."
     if self.projections is None:
-        self.projections = Projections(model.cfg.latent_dim, self.teachers, self.seed).to(model.reward_head[-1].weight.device)
+        self.projections = Projections(model.cfg.latent_dim, self.teachers, self.seed).to(model.encoder[0].weight.device)
         self.opt = torch.optim.Adam(self.projections.parameters())
     return self.projections
 
@@ -298,7 +298,9 @@ def run_tasks(
     cfg:DistillConfig,    # The run's settings
     teachers:TaskModels,  # Who teaches
 ) -> tuple:               # `TaskSpec`s
-    "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where none has a teacher, a task without one would have no data, or a teacher's task is unclear."
+    "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where none has a teacher, a task without one would have no data, a teacher's task is unclear, or it is a policy alone and is asked for more."
+    if (more := [w for w in cfg.what if w != "policy"]) and (alone := [t.name for t in teachers.tasks if not teachers.model_for(t).imagines]):
+        raise ConfigError(f"The teacher of {', '.join(alone)} is a policy alone and knows no {', '.join(more)}; give the whole model, or set the weights of these terms to 0.")
     if cfg.tasks is not None:
         specs, without = task_set(cfg.tasks), untaught(teachers, cfg.tasks)
         if len(without) == len(specs) or without and cfg.data_dir is None and not cfg.random_episodes: teachers.require(without, "teacher")

@@ -278,7 +278,7 @@ def load_models(
 def _on(model, device):
     "The model on a device, a copy if it has to move."
     if not isinstance(model, WorldModel): raise ConfigError(f"A WorldModel or a checkpoint's path is needed for each task, not {type(model).__name__}.")
-    if device is None or torch.device(pick_device(device)).type == model.reward_head[-1].weight.device.type: return model
+    if device is None or torch.device(pick_device(device)).type == model.encoder[0].weight.device.type: return model
     return copy.deepcopy(model).to(pick_device(device))
 
 # %% ../nbs/41_evaluate.ipynb #6e1c6c3c
@@ -386,6 +386,7 @@ def evaluate(
     if not isinstance(models, TaskModels): models = None
     specs = _specs(models, _trained(model) if tasks is None else tasks)
     cfg = planner_settings(plan_config or "published")
+    if ready is None: make_agent(models, mode, 0, False, cfg)  # Raises where a model cannot plan
     if ready is not None: mode, explore = _mode(ready), bool(getattr(ready, "explore", False))
     if num_envs is None: num_envs = 64 if mode == "plan" and _device(models).type == "cpu" else 512
     make = (lambda s: _reseed(ready, s)) if ready is not None else lambda s: make_agent(models, mode, s, explore, cfg)
@@ -420,7 +421,7 @@ def _specs(models, tasks) -> tuple:
     if len(unnamed) > 1 and len(models.models) == 1: raise ConfigError(f"The model does not say which task it was trained for, and its widths fit {', '.join(unnamed)}. Name one: tasks={unnamed[0]!r}.")
     return models.tasks
 
-def _device(models): return models.models[0].reward_head[-1].weight.device if models else torch.device("cpu")
+def _device(models): return models.models[0].encoder[0].weight.device if models else torch.device("cpu")
 
 def _words(model, models) -> str:
     "What was evaluated."

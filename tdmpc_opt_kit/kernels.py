@@ -26,8 +26,10 @@ _VECTORS = r"""
 #include <thread>
 #include <vector>
 #include <pthread.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#ifdef __AVX512F__
 constexpr int V = 16, MR = 12;  // lanes of a vector; rows of a tile, as many as the registers hold
 #else
 constexpr int V = 8, MR = 6;
@@ -43,9 +45,15 @@ static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)
 static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline vf inverse(vf x) { vf r = (vf)_mm512_rcp14_ps((__m512)x); return r * (2.f - x * r); }
 #else
+#ifdef __AVX2__
+static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf inverse(vf x) { vf r = (vf)_mm256_rcp_ps((__m256)x); return r * (2.f - x * r); }
+#else
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf inverse(vf x) { return 1.f / x; }
+#endif
 #endif
 
 template <int BY> static inline vf swapped(vf x) {  // lane k gets lane k ^ BY
@@ -68,7 +76,7 @@ static inline vf exp_up_to_88(vf x) {
 }
 static inline vf vexp(vf x) { return exp_up_to_88(vmin(splat(88.f), x)); }
 static inline vf vmish(vf x) { vf e = exp_up_to_88(vmin(splat(20.f), x)), w = e * (e + 2.f); return x * w * inverse(w + 2.f); }
-static inline vf vtanh(vf x) { return 1.f - 2.f / (vexp(x * 2.f) + 1.f); }
+static inline vf vtanh(vf x) { return 1.f - 2.f / (vexp(x * 2.f) + 1.f); }  // exact at 0
 static inline vf symexp(vf x) { vf a = vmax(x, -x), e = vexp(a) - 1.f; return x < 0.f ? -e : e; }
 
 // Mish to 4e-4 (3e-3 at the ends, -7.75 and 7.25), which bfloat16 and 8 bits do not notice: a parabola for each half of a unit, by interpolation at Chebyshev nodes
@@ -111,7 +119,12 @@ enum Input { ANY, MISH, LATENT };  // what an 8-bit layer may assume of its inpu
 constexpr float MISH_MIN = -0.3088426f;
 constexpr int PANEL = 2 * V;
 static int up(int n, int m) { return (n + m - 1) / m * m; }
-static int per_word(Type t) { return t == F32 ? 1 : t == BF16 ? 2 : 4; }
+#ifdef __AVX512VNNI__
+constexpr int PER8 = 4;  // 8-bit numbers of a word
+#else
+constexpr int PER8 = 2;  // without products of bytes, in 16 bits each: then the sums are exact, and twice as many fit into an instruction as in float32
+#endif
+static int per_word(Type t) { return t == F32 ? 1 : t == BF16 ? 2 : PER8; }
 static uint16_t to_bf16(float x) { uint32_t u; memcpy(&u, &x, 4); return (u + 0x7fff + ((u >> 16) & 1)) >> 16; }
 
 struct Layer {
@@ -141,7 +154,8 @@ static Layer packed(Type type, Input input, int K, int N, const float* w, long l
             if (type == F32) memcpy(at, &row[k], 4);
             else if (type == BF16) { uint16_t h = to_bf16(row[k]); memcpy(at + 2 * (k % 2), &h, 2); }
             else {
-                int q = broken ? 0 : (int)std::lrint(row[k] / s); at[k % 4] = (char)q;
+                int q = broken ? 0 : (int)std::lrint(row[k] / s);
+                if (PER8 == 4) at[k % 4] = (char)q; else ((int16_t*)at)[k % 2] = (int16_t)q;
                 offset += s * q * (input == MISH ? MISH_MIN : k < num_z ? 0.f : -127.5f);
             }
         }
@@ -168,10 +182,13 @@ template <> inline vf dot<BF16>(vf c, int32_t a, const int32_t* b) {
 template <> inline vi dot<I8>(vi c, int32_t a, const int32_t* b) {
 #ifdef __AVX512VNNI__
     return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(a), _mm512_loadu_si512(b));
+#elif defined(__AVX512BW__)
+    return c + (vi)_mm512_madd_epi16(_mm512_set1_epi32(a), _mm512_loadu_si512(b));
+#elif defined(__AVX2__)
+    return c + (vi)_mm256_madd_epi16(_mm256_set1_epi32(a), _mm256_loadu_si256((const __m256i*)b));
 #else
     vi y = *(const vi*)b;
-    for (int i = 0; i < 4; i++) c += ((y << (24 - 8 * i)) >> 24) * (int32_t)((uint32_t)a >> 8 * i & 255);
-    return c;
+    return c + ((y << 16) >> 16) * (int32_t)(a & 0xffff) + (y >> 16) * (int32_t)((uint32_t)a >> 16);
 #endif
 }
 
@@ -230,9 +247,13 @@ static inline void put_bf16(void* out, vf x) {
     typedef int16_t vh __attribute__((vector_size(2 * V))); vh h = __builtin_convertvector(u, vh); memcpy(out, &h, 2 * V);
 #endif
 }
-static inline void put_u8(void* out, vf x) {  // x in [0, 255]
+static inline void put_u8(int32_t* row, int k, vf x) {  // inputs k, k + 1, ... of a row; x in [0, 255]
     vi q = (vi)(x + 12582912.f) & 255;
-    typedef uint8_t vb __attribute__((vector_size(V))); vb b = __builtin_convertvector(q, vb); memcpy(out, &b, V);
+#ifdef __AVX512VNNI__
+    typedef uint8_t vb __attribute__((vector_size(V))); vb b = __builtin_convertvector(q, vb); memcpy((char*)row + k, &b, V);
+#else
+    typedef int16_t vb __attribute__((vector_size(2 * V))); vb b = __builtin_convertvector(q, vb); memcpy((char*)row + 2 * k, &b, 2 * V);
+#endif
 }
 static inline void moments(const float* y, int N, float& mean, float& rstd) {  // four sums at a time: one would wait for itself
     vf a = splat(0), b = a, c = a, d = a; int n = 0;
@@ -256,7 +277,7 @@ static void norm_mish(float* y, const Layer& l, Type type, int32_t* out, float* 
         vf high = splat(0);
         for (int n = 0; n < l.N; n += V) { vf x = quick_mish(normed(y, l, n, mean, rstd)); high = vmax(high, x); store(y + n, x); }
         float s = (highest(high) - MISH_MIN) / 255, inv = 1 / s;
-        for (int n = 0; n < l.N; n += V) put_u8((char*)out + n, (load(y + n) - MISH_MIN) * inv);
+        for (int n = 0; n < l.N; n += V) put_u8(out, n, (load(y + n) - MISH_MIN) * inv);
         *scale = s;
     }
 }
@@ -283,8 +304,8 @@ static void put_latent(const float* z, int D, const float* a, int A, Type type, 
     else {
         float total = 0; for (int k = 0; k < K; k++) total += tmp[k];
         if (!std::isfinite(total)) *scale = NAN;
-        for (int k = 0; k < D; k += V) put_u8((char*)out + k, vmax(splat(0.f), vmin(splat(255.f), load(tmp + k) * 255.f)));
-        for (int k = D; k < Kv; k += V) put_u8((char*)out + k, vmax(splat(0.f), vmin(splat(255.f), load(tmp + k) * 127.5f + 127.5f)));
+        for (int k = 0; k < D; k += V) put_u8(out, k, vmax(splat(0.f), vmin(splat(255.f), load(tmp + k) * 255.f)));
+        for (int k = D; k < Kv; k += V) put_u8(out, k, vmax(splat(0.f), vmin(splat(255.f), load(tmp + k) * 127.5f + 127.5f)));
     }
 }
 """
@@ -516,7 +537,7 @@ extern "C" void linear(int type, int input, int num_z, int rows, int K, int N, c
         if (type == I8 && input == MISH) {  // what norm_mish does behind the Mish
             float high = 0; for (int k = 0; k < K; k++) { tmp[k] = x[(size_t)r * K + k]; high = std::max(high, tmp[k]); }
             float s = (high - MISH_MIN) / 255; in.scale[r] = s;
-            for (int k = 0; k < K; k += V) put_u8((char*)in.row(r) + k, (load(&tmp[k]) - MISH_MIN) / s);
+            for (int k = 0; k < K; k += V) put_u8(in.row(r), k, (load(&tmp[k]) - MISH_MIN) / s);
         } else put_latent(x + (size_t)r * K, num_z, x + (size_t)r * K + num_z, K - num_z, (Type)type, tmp.data(), in.row(r), &in.scale[r]);
     }
     for (int i = 0; i < times; i++) product(l, rows, in.q.data(), in.ld, in.scale.data(), l.bias.data(), y, l.Np);
@@ -1459,7 +1480,7 @@ class Watch:
             for c in m._modules.values(): walk(c)
         for k in names:
             links.append((module._modules, k, module._modules[k]))
-            walk(module._modules[k])
+            if module._modules[k] is not None: walk(module._modules[k])
         n, self.counted = len(self.tensors), [t for t in self.tensors if not t.is_inference()]
         self.versions = [*map(_version, self.counted)]
         self.sizes, self.where = (ctypes.c_int64 * n)(*[t.numel() for t in self.tensors]), (ctypes.c_void_p * n)(*map(_pointer, self.tensors))
@@ -1498,22 +1519,23 @@ class Net:
         obs_dim:int, latent_dim:int, action_dim:int,
         bins:Tensor,  # Of the two-hot logits `[101]`
         mask:Tensor,  # One for the actuators of a task `[tasks, A]`
-        mlps,         # Encoder, dynamics, reward, policy, Q heads: lists of layers; first weights without the task's columns, first biases `[tasks, width]`
+        mlps,         # Encoder, dynamics, reward, policy, Q heads: lists of layers, or None for one that is not there; first weights without the task's columns, first biases `[tasks, width]`
         precision:str="float32", # A name in `PRECISIONS`
     ):
         self.lib = lib = kernels().lib
         keep = lambda ts: [None if t is None else t.detach().float().contiguous() for t in ts]
         bins, mask = keep([bins, mask])
         self.dims, self.precision, self.num_q, self.num_tasks = (obs_dim, latent_dim, action_dim), precision, len(mlps) - 4, len(mask)
-        self.width, (dynamics, heads), tasks = mlps[1][0][0].shape[0], PRECISIONS[precision], len(mask)
+        self.width, (dynamics, heads), tasks = mlps[3][0][0].shape[0], PRECISIONS[precision], len(mask)
         self.ptr = lib.net_new(obs_dim, latent_dim, action_dim, len(mlps) - 4, len(bins), bins.data_ptr(), tasks, mask.data_ptr())
         self._free = weakref.finalize(self, lib.net_free, self.ptr)
         for i, layers in enumerate(mlps):
+            if layers is None: continue
             held = [keep(p) for p in zip(*layers)]
             n = len(layers)
             pointers = [(ctypes.c_void_p * n)(*[None if t is None else t.data_ptr() for t in p]) for p in held]
             widths = (ctypes.c_int * (n + 1))(held[0][0].shape[1], *[w.shape[0] for w in held[0]])
-            first, mid, last = (F32,) * 3 if i == 0 else dynamics if i == 1 else heads
+            first, mid, last = (t if t != BF16 or kernels().bfloat16 else F32 for t in ((F32,) * 3 if i == 0 else dynamics if i == 1 else heads))  # Emulated, bfloat16 would be slower than float32
             types = (ctypes.c_int * n)(first, *[mid] * (n - 2), last)
             lib.net_mlp(self.ptr, i, n, widths, *pointers, types, tasks)
 

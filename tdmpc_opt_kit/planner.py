@@ -156,7 +156,7 @@ class Rollouts(Imagination):
         task:Tensor,      # Task index `[B]`
         dtype=None,       # Of the imagined futures; the model's own if None
     ):
-        c, e, w = model.cfg, _embedding(model, task), model.reward_head[0].weight
+        c, e, w = model.cfg, _embedding(model, task), model.encoder[0].weight
         self.dtype = dtype or w.dtype
         self.real = torch.promote_types(self.dtype, torch.float32)  # of actions, rewards and values
         to = lambda layers: [tuple(None if t is None else t.to(self.dtype) for t in l) for l in layers]
@@ -240,7 +240,7 @@ def has_kernels(
     model:WorldModel, # To plan with
 ) -> bool:
     "Does `packed` take this model: float32 on the CPU, and a compiler there?"
-    w, c = model.reward_head[0].weight, model.cfg
+    w, c = model.encoder[0].weight, model.cfg
     return w.device.type == "cpu" and w.dtype == torch.float32 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
 
 def packed(
@@ -269,7 +269,8 @@ def _pack(model:WorldModel, precision:str) -> Net:
     def fold(layers, n):
         (w, b, *ln), *later = layers
         return [(torch.cat([w[:, :n], w[:, n + T:]], 1), b[None] if emb is None else F.linear(emb, w[:, n:n + T], b), *ln), *later]
-    mlps = [fold(_layers(model.encoder), c.obs_dim), *(fold(l, c.latent_dim) for l in (*map(_layers, (model.dynamics, model.reward_head, model.pi_head)), *_heads(model)))]
+    rest = map(_layers, (model.dynamics, model.reward_head)) if model.imagines else (None, None)
+    mlps = [fold(_layers(model.encoder), c.obs_dim), *(l and fold(l, c.latent_dim) for l in (*rest, _layers(model.pi_head), *(_heads(model) if model.imagines else ())))]
     return Net(c.obs_dim, c.latent_dim, c.action_dim, bins("cpu", torch.float32), model.action_mask, mlps, precision)
 
 # %% ../nbs/14_planner.ipynb #b7d54831
@@ -461,7 +462,7 @@ class PlanGraph:
         num:int,          # Pairs B
         backend:str|None=None, # Of `torch.compile`, to check on a CPU; None is the default for a GPU, and nothing on a CPU
     ):
-        w, c, (H, N, P, I) = model.reward_head[0].weight, model.cfg, (cfg.horizon, cfg.num_samples, cfg.num_pi_trajs, cfg.iterations)
+        w, c, (H, N, P, I) = model.encoder[0].weight, model.cfg, (cfg.horizon, cfg.num_samples, cfg.num_pi_trajs, cfg.iterations)
         self.cfg, self.backend, self.device, self.tensors, self.graph, self.parts, self.how = cfg, backend, w.device, _weights(model), None, None, None
         self.dtype, real = torch.bfloat16 if cfg.precision == "bfloat16" else w.dtype, torch.promote_types(w.dtype, torch.float32)
         with torch.inference_mode(False):
@@ -552,7 +553,7 @@ class GraphRollouts:
         return -(-len(self.task) // max(groups, 1)) or 1
 
     def encode(self, obs:Tensor) -> Tensor: # The graph encodes by itself
-        return obs.to(self.model.reward_head[0].weight)
+        return obs.to(self.model.encoder[0].weight)
 
     def search(self, rows, obs:Tensor, mean:Tensor, cfg:PlanConfig, noise:PlanNoise, keep:bool=False) -> PlanInfo:
         "As `_mppi`; candidates are kept without a recording."

@@ -147,7 +147,7 @@ def answers(
     what,              # Of "reward", "value" and "policy"
 ) -> dict:             # Field of `Labels` -> float32 `[S, ..., w]` or `[T, ..., w]`
     "What a teacher says about observations and the actions taken there."
-    p, S, out = model.reward_head[-1].weight, len(action), {}
+    p, S, out = model.encoder[0].weight, len(action), {}
     obs, action, own = (obs if "policy" in what else obs[:S]).to(p), action.to(p), own.to(p.device)
     z = model.encode(obs, own)
     if "reward" in what: out["reward"] = from_two_hot(model.reward(z[:S], action, own).float())
@@ -173,7 +173,7 @@ def planned(
     at_once:int=64,   # Pairs in one call, noise takes 0.2 MB each
 ) -> Tensor:          # float32 `[N, action_dim]`
     "The planner's mean action in each row, without a previous plan and without exploration."
-    p, c, out = model.reward_head[-1].weight, model.cfg, []
+    p, c, out = model.encoder[0].weight, model.cfg, []
     heads = draw_heads(c.num_q, cfg.iterations, torch.Generator().manual_seed(0))
     for i in range(0, len(obs), at_once):
         k, g = slice(i, i + at_once), torch.Generator()
@@ -228,7 +228,7 @@ def annotation_keys(
             hash_weights(h := hashlib.blake2b(digest_size=16), m)
             weights[id(m)] = h.hexdigest()
         widths = {k: v for k, v in asdict(m.cfg).items() if k != "size"}
-        what = [ANNOTATIONS_VERSION, weights[id(m)], str(m.reward_head[-1].weight.dtype), widths, int(teachers.own[t.index])] + ([asdict(cfg)] if cfg else [])
+        what = [ANNOTATIONS_VERSION, weights[id(m)], str(m.encoder[0].weight.dtype), widths, int(teachers.own[t.index])] + ([asdict(cfg)] if cfg else [])
         out[t.name] = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     return out
 

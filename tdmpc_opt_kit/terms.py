@@ -141,7 +141,7 @@ def teacher_latents(
     "The latents of each teacher that has a task in the batch."
     at, out = (teachers.which[task.cpu()] >= 0).nonzero()[:, 0].to(task.device), []
     for model, rows, own in teachers.groups(task[at]) if len(at) else ():
-        p, r = model.reward_head[-1].weight, at[rows]
+        p, r = model.encoder[0].weight, at[rows]
         z = model.encode(obs[r][:, :model.cfg.obs_dim].to(p), own.to(p.device))
         out.append((next(k for k, m in enumerate(teachers.models) if m is model), r, z.to(obs.device, torch.float32)))
     return out
