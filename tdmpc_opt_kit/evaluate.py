@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST_EPISODE', 'PUBLISHED', 'EVALUATE_PRESETS', 'Interval', 'interval', 'where_time_goes', 'Report', 'markdown',
            'separate', 'difference', 'paired', 'Equality', 'equal_return', 'compare_runs', 'load_models', 'rounds',
-           'fingerprint', 'evaluate', 'repo_root', 'data_dir', 'published', 'compare', 'EvaluateConfig',
+           'fingerprint', 'evaluate', 'repo_root', 'data_dir', 'published', 'compare', 'student_card', 'EvaluateConfig',
            'evaluate_config', 'find_checkpoint']
 
 # %% ../nbs/41_evaluate.ipynb #79dbf982
@@ -468,6 +468,42 @@ def compare(
     score = {n: f"{r.score:.1f}" for n, r in reports.items()} | {PUBLISHED[c]: float(np.mean(list(table[c].values())) / 10) for c in columns}
     ci = {n: f"{r.low:.1f} to {r.high:.1f}{'*' * (r.interval.kind == 'tasks')}" if r.low is not None else None for n, r in reports.items()} | {PUBLISHED[c]: None for c in columns}
     return rows + [dict(task="**score**") | score, dict(task="95 % interval") | ci]
+
+# %% ../nbs/41_evaluate.ipynb #47ec1dc2
+def student_card(
+    result:dict,   # The report of run_distill
+    command:str,   # That made it
+    data:str="",   # The store's card
+) -> str:          # Markdown
+    "A student's card: tasks, teachers, data, command, scores with intervals."
+    s, tr, rows, tasks = result["student"], result["train"], [], result["tasks"]
+    for agent, modes in result["scores"].items():
+        for mode, v in modes.items():
+            if v: rows.append(dict(agent=agent, mode=mode, score=v["mean"], interval="one episode, none" if v["low"] is None else f"{v['low']:.1f} to {v['high']:.1f}", tasks=len(v["tasks"]), episodes=v["episodes"]))
+    of = lambda agent, mode, t: ((result["scores"].get(agent) or {}).get(mode) or dict(returns={}))["returns"].get(t)
+    table = published(tasks)
+    by_task = [dict(task=t) | {"teacher, policy": of("teacher", "policy", t), "student, policy": of("student", "policy", t), "student, planner": of("student", "plan", t)}
+               | {PUBLISHED[c]: table[c][t] for c in ("tdmpc2_1M", "tdmpc2_317M", "tdmpc2_single_task_5M")} for t in tasks]
+    without = result.get("tasks_without_teacher") or []
+    files = "\n".join(f"- `{f['path']}`: {f['bytes']:,} bytes" for k, f in s["files"].items() if k.startswith("student"))
+    return f"""# A student of {len(tasks)} task{'s' * (len(tasks) > 1)}
+
+{s['num_params']:,} parameters, {s['num_params_policy']:,} of them encoder and policy; recipe {result['recipe']}, {tr['steps']:,} updates of {tr['batch_size']} slices in {tr['seconds'] / 60:.0f} minutes on {result['machine']['gpu'] or result['machine']['cpu']}.{' Without a teacher: ' + ', '.join(without) + '.' if without else ''}
+
+{markdown(rows)}
+
+Mean returns by task (0 to 1000):
+
+{markdown(by_task, 0)}
+
+{files}
+
+Command: `{command}`
+
+```
+{data}
+```
+"""
 
 # %% ../nbs/41_evaluate.ipynb #b27436c6
 @dataclass(frozen=True)
