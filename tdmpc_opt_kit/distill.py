@@ -22,7 +22,7 @@ from .config import ConfigError, check_number, check_whole, nearest
 from .data import Mixture, Sampler, Store, chunk_files, collect, convert_chunks, is_store, open_chunk
 from .tasks import MT30, task_set
 from .teachers import Annotations, Asked, Labels, annotate, load_teachers, untaught
-from .terms import (Projections, latent_loss, long_consistency_loss, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
+from .terms import (Projections, latent_loss, long_consistency_loss, other_actions, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
     reward_ce_loss, reward_distill_loss, teacher_latents, value_distill_loss)
 from .train import Learner, TrainConfig
 from .world_model import WorldModel, model_size
@@ -42,6 +42,7 @@ class Weights:
     latent_coef:float=0.         # KL of the projected latent
     relation_coef:float=0.       # Similarities between states
     long_coef:float=0.           # Consistency behind the horizon, where slices are longer
+    other_coef:float=0.          # Value and reward of actions that nobody took
 
     def any(self, *names): return any(getattr(self, n) for n in names)
 
@@ -65,9 +66,10 @@ class Distill:
         self.weights = w = Weights(reward_coef, policy_coef, **weights)
         self.labels = Asked(labels, w.what) if isinstance(labels, (TaskModels, WorldModel)) else labels
         self.what, self.scale, self.seed, self.projections, self.opt, self.teachers = w.what, scale, seed, None, None, teachers
-        if w.any("latent_coef", "relation_coef"):
+        if w.any("latent_coef", "relation_coef", "other_coef"):
             self.teachers = teachers if teachers is not None else getattr(self.labels, "teachers", None)
-            if self.teachers is None: raise ConfigError("latent_coef and relation_coef compare latents, which are not among the labels: give the teachers too.")
+            if self.teachers is None: raise ConfigError("latent_coef, relation_coef and other_coef need more than labels: give the teachers too.")
+        if w.other_coef: self.others, self.generator = Asked(self.teachers, ("reward", "value")), torch.Generator().manual_seed(seed + 17)
 
 # %% ../nbs/22_distill.ipynb #7c1f03a9
 @patch
@@ -86,7 +88,12 @@ def __call__(self:Distill,
         if w.reward_coef: out["reward_distill_loss"] = reward_distill_loss(ours, theirs, said.known, at[1], None if self.scale is None else self.scale[task])
         if w.reward_ce_coef: out["reward_ce_distill_loss"] = reward_ce_loss(ours, theirs, said.known, at[1])
     if w.value_distill_coef: out["value_distill_loss"] = value_distill_loss(m.Q(zs[:-1], batch.action, task), said.value, said.known, rho)
-    if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef"): out |= self._policy(m, batch, zs, said)
+    states = torch.cat([zs[:1], m.encode(batch.obs[1:], task)]) if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef", "other_coef") else None  # Encoded, not imagined; the rollout has the first already
+    if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef"): out |= self._policy(m, states, task, said)
+    if w.other_coef:
+        z, action = states[:-1], other_actions(batch.action, m.mask(task), self.generator)
+        about = self.others(batch._replace(action=action))
+        out["other_distill_loss"] = value_distill_loss(m.Q(z, action, task), about.value, about.known) + reward_ce_loss(m.reward(z, action, task), about.reward, about.known)
     if w.any("latent_coef", "relation_coef"):
         theirs = teacher_latents(self.teachers, batch.obs[0], task)
         if w.latent_coef: out["latent_distill_loss"] = latent_loss(zs[0], theirs, self._projections(m))
@@ -97,13 +104,13 @@ def __call__(self:Distill,
 
 _coef = dict(reward_distill_loss="reward_coef", policy_distill_loss="policy_coef", reward_ce_distill_loss="reward_ce_coef", value_distill_loss="value_distill_coef",
              policy_kl_distill_loss="policy_kl_coef", policy_nll_distill_loss="policy_nll_coef", plan_distill_loss="plan_coef", latent_distill_loss="latent_coef",
-             relation_distill_loss="relation_coef", long_consistency_loss="long_coef")
+             relation_distill_loss="relation_coef", long_consistency_loss="long_coef", other_distill_loss="other_coef")
 
 @patch
-def _policy(self:Distill, m, batch, zs, said) -> dict:
-    "The terms that look at the student's policy in all states of the slice, of which the rollout has encoded the first."
-    w, task, out = self.weights, batch.task, {}
-    mean, log_std = m.pi_params(torch.cat([zs[:1], m.encode(batch.obs[1:], task)]), task)
+def _policy(self:Distill, m, states, task, said) -> dict:
+    "The terms that look at the student's policy in all states of the slice."
+    w, out = self.weights, {}
+    mean, log_std = m.pi_params(states, task)
     mask, action = m.mask(task), mean.tanh()
     if w.policy_coef: out["policy_distill_loss"] = policy_distill_loss(action, said.mean.tanh(), mask, said.known)
     if w.policy_kl_coef: out["policy_kl_distill_loss"] = policy_kl_loss(mean, log_std, said.mean, said.log_std, mask, said.known)
@@ -134,6 +141,7 @@ def step(self:Distill,
 def state_dict(self:Distill) -> dict:
     "What an exact continuation needs; empty for most weights."
     out = {} if self.scale is None else dict(scale=self.scale)
+    if self.weights.other_coef: out["generator"] = self.generator.get_state()
     return out if self.opt is None else out | dict(projections=self.projections.state_dict(), opt=self.opt.state_dict())
 
 @patch
@@ -143,12 +151,13 @@ def load_state_dict(self:Distill,
 ):
     "Continue from there; raises `ConfigError` for a state without what these weights need."
     if self.scale is not None: self.scale = _needed(d, "scale").to(self.scale.device)
+    if self.weights.other_coef: self.generator.set_state(_needed(d, "generator"))
     if self.weights.latent_coef:
         self._projections(model).load_state_dict(_needed(d, "projections"))
         self.opt.load_state_dict(d["opt"])
 
 def _needed(d:dict, key:str):
-    if key not in d: raise ConfigError(f"The training state has no {key}: it is of a run without {dict(scale='task_scale', projections='latent_coef')[key]}.")
+    if key not in d: raise ConfigError(f"The training state has no {key}: it is of a run without {dict(scale='task_scale', projections='latent_coef', generator='other_coef')[key]}.")
     return d[key]
 
 # %% ../nbs/22_distill.ipynb #7c1f03af
@@ -192,6 +201,7 @@ class DistillConfig:
     relation_coef:float=None       # Weight of the similarities between states in the teacher's latents
     long_horizon:int=None          # Steps of a slice for the consistency of latents; 0: no more than `horizon`
     long_coef:float=None           # Weight of that consistency behind `horizon`; TD-MPC2's weight is 20
+    other_coef:float=None          # Weight of the teacher's value and reward for actions that nobody took
     task_scale:bool=None           # Divide the squared error of the reward by the variance of the task's rewards?
     pi_coef:float=None             # Weight of TD-MPC2's own policy loss, of the student only
     lr:float=3e-4                  # Adam's rate
@@ -299,7 +309,7 @@ def run_tasks(
     teachers:TaskModels,  # Who teaches
 ) -> tuple:               # `TaskSpec`s
     "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where none has a teacher, a task without one would have no data, a teacher's task is unclear, or it is a policy alone and is asked for more."
-    if (more := [w for w in cfg.what if w != "policy"]) and (alone := [t.name for t in teachers.tasks if not teachers.model_for(t).imagines]):
+    if (more := [w for w in cfg.what if w != "policy"] + ["values"] * bool(cfg.other_coef)) and (alone := [t.name for t in teachers.tasks if not teachers.model_for(t).imagines]):
         raise ConfigError(f"The teacher of {', '.join(alone)} is a policy alone and knows no {', '.join(more)}; give the whole model, or set the weights of these terms to 0.")
     if cfg.tasks is not None:
         specs, without = task_set(cfg.tasks), untaught(teachers, cfg.tasks)

@@ -237,9 +237,9 @@ def _way(**kw):
 def training_precision(
     name:str, # "float32" or "bfloat16"
 ):
-    "In this context fused MLPs multiply in this precision."
+    "In this context fused MLPs multiply in this precision; in float32 where the processor has no instructions for the other and would be slower with it."
     if name not in ("float32", "bfloat16"): raise ConfigError(f"The precision of training is 'float32' or 'bfloat16', not {name!r}.")
-    return _way(bf16=name == "bfloat16")
+    return _way(bf16=name == "bfloat16" and getattr(kernels(), "bfloat16", False))
 
 def plain_layers():
     "In this context MLPs run layer by layer in PyTorch, as exporting and higher derivatives need it."

@@ -42,7 +42,7 @@ class TrainConfig:
     tau:float=0.01               # Target heads' rate
     discount:float=discount()    # 0.99 for every task of MT30
     dropout:float=0.01           # In the first hidden layer of the Q heads
-    precision:str="float32"      # Of the products: "float32", or "bfloat16" on a CPU; all else stays in float32
+    precision:str="float32"      # Of the products: "float32", or "bfloat16" on a CPU that has instructions for it; all else stays in float32
 
     def __post_init__(self):
         check_number(self, "lr", "enc_lr_scale", "grad_clip", above=True)
@@ -107,7 +107,7 @@ def world_losses(self:Learner,
 def _program(self:Learner, batch):
     "The kernels' half of an update of this batch; None where PyTorch has to do it."
     if self.device.type != "cpu" or plain_layers_on() or type(self).targets is not Learner.targets or type(self).world_losses is not Learner.world_losses: return None
-    old, key = self.program, (batch.action.shape[1], len(batch.action), self.cfg.precision == "bfloat16")
+    old, key = self.program, (batch.action.shape[1], len(batch.action), self.cfg.precision == "bfloat16" and getattr(kernels(), "bfloat16", False))
     if old is not None and (old.B, old.H, old.bf16) == key and old.current(): return old
     return Program(self.model, *key) if fusable(self.model) else None
 

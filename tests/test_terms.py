@@ -15,7 +15,7 @@ from tdmpc_opt_kit.distill import DISTILL_PRESETS, Distill, DistillConfig, Pair,
 from tdmpc_opt_kit.layers import plain_layers
 from tdmpc_opt_kit.tasks import task_set
 from tdmpc_opt_kit.teachers import Asked, Labels
-from tdmpc_opt_kit.terms import (MAX_MEAN, MIN_STD, Projections, average, latent_loss, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
+from tdmpc_opt_kit.terms import (MAX_MEAN, MIN_STD, Projections, average, latent_loss, other_actions, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
     reward_ce_loss, reward_distill_loss, teacher_latents, value_distill_loss)
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.twohot import from_two_hot, two_hot
@@ -236,6 +236,22 @@ def test_the_policy_is_evaluated_once(teachers):
     assert len(count) == 1
 
 
+def test_other_actions_are_those_that_the_teacher_was_asked_about(teachers):
+    "The loss is that of the teacher's reward and value at the drawn actions, in encoded states."
+    l, b, zs = learner(), batch(), torch.rand(H + 1, B, 16)
+    terms = Distill(teachers, 0., other_coef=2.)
+    assert terms.what == ()
+    g = torch.Generator(); g.set_state(terms.generator.get_state())
+    got = terms(l, b, zs, None)["other_distill_loss"]
+    m, action = l.model, other_actions(b.action, l.model.mask(b.task), g)
+    assert (action != b.action).any() and (action[..., m.mask(b.task)[0] == 0] == 0).all()
+    said, z = Asked(teachers, ("reward", "value"))(b._replace(action=action)), torch.cat([zs[:1], m.encode(b.obs[1:H], b.task)])
+    want = value_distill_loss(m.Q(z, action, b.task), said.value, said.known) + reward_ce_loss(m.reward(z, action, b.task), said.reward, said.known)
+    torch.testing.assert_close(got, 2 * want)
+    assert not torch.equal(terms(l, b, zs, None)["other_distill_loss"], got)  # Other ones the next time
+    with pytest.raises(ConfigError, match="other_coef"): Distill(lambda b: None, 0., other_coef=1.)
+
+
 def test_a_scale_divides_squared_errors_only(teachers):
     b, l, scale = batch(), learner(), torch.full((30,), 0.25)
     zs, logits = torch.rand(H + 1, B, 16), torch.randn(H, B, 101)
@@ -253,7 +269,7 @@ def weights(pair):
 
 def test_resumed_equals_uninterrupted_with_a_projection(teachers):
     "Projections and their optimizer are part of the state; a teacher without rows in a batch makes no step."
-    cfg = config(latent_coef=1., relation_coef=1., lr_final=0.1, steps=8)
+    cfg = config(latent_coef=1., relation_coef=1., other_coef=0.3, lr_final=0.1, steps=8)
     batches = [batch(t, seed=i) for i, t in enumerate([(CATCH, SPIN), (CATCH,), (CATCH, SPIN), (WALKER,), (SPIN,), (CATCH, SPIN)])]
     whole, parts = Pair(cfg, teachers), Pair(cfg, teachers)
     for b in batches: whole.update(b)
@@ -280,7 +296,8 @@ def test_states_of_older_runs(teachers):
     state = old.state_dict()
     assert set(state) == {"student", "scratch"}
     Pair(config(value_distill_coef=1.), teachers).load_state_dict(copy.deepcopy(state))
-    with pytest.raises(ConfigError, match="latent_coef"): Pair(config(latent_coef=1.), teachers).load_state_dict(copy.deepcopy(state))
+    for k in ("latent_coef", "other_coef"):
+        with pytest.raises(ConfigError, match=k): Pair(config(**{k: 1.}), teachers).load_state_dict(copy.deepcopy(state))
 
 
 def test_longer_slices_leave_the_baseline_alone(teachers):
