@@ -33,9 +33,9 @@ GRIDS = dict(
     terms={"none": _alone, "reward": dict(recipe="paper"), "reward-rollout": dict(recipe="paper", reward_rollout=True), "reward-ce": _alone | dict(reward_ce_coef=0.1),
         "value": _alone | dict(value_distill_coef=0.1), "policy": _acts | dict(policy_coef=30.), "policy-kl": _acts | dict(policy_kl_coef=0.1),
         "policy-nll": _acts | dict(policy_nll_coef=0.1), "plan": _acts | dict(plan_coef=30., plan_rows=500), "latent": _alone | dict(latent_coef=1.), "relation": _alone | dict(relation_coef=1.),
-        "long": _alone | dict(long_horizon=8, long_coef=20.),
+        "long": _alone | dict(long_horizon=8, long_coef=20.), "other": _alone | dict(other_coef=0.3),
         "all": dict(recipe="paper", reward_rollout=True, reward_ce_coef=0.1, value_distill_coef=0.1, policy_coef=30., policy_kl_coef=0.1, policy_nll_coef=0.1, plan_coef=30., plan_rows=500,
-                    latent_coef=1., relation_coef=1., long_horizon=8, long_coef=20., pi_coef=0.),
+                    latent_coef=1., relation_coef=1., long_horizon=8, long_coef=20., other_coef=0.3, pi_coef=0.),
         "best": dict(recipe="best"), "best, rounds": dict(recipe="best", dagger_rounds=3)})
 
 # %% ../nbs/43_ablate.ipynb #5b137353

@@ -21,8 +21,8 @@ from .agent import Agent, PolicyAgent, RandomAgent, TaskModels
 from .config import ConfigError, check_number, check_whole, nearest
 from .data import Mixture, Sampler, Store, chunk_files, collect, convert_chunks, is_store, open_chunk
 from .tasks import MT30, task_set
-from .teachers import Annotations, Asked, Labels, annotate, load_teachers, untaught
-from .terms import (Projections, latent_loss, long_consistency_loss, other_actions, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
+from .teachers import Annotations, Asked, Labels, annotate, imagine, load_teachers, untaught
+from .terms import (Projections, latent_loss, long_consistency_loss, other_actions, other_loss, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
     reward_ce_loss, reward_distill_loss, teacher_latents, value_distill_loss)
 from .train import Learner, TrainConfig
 from .world_model import WorldModel, model_size
@@ -42,7 +42,7 @@ class Weights:
     latent_coef:float=0.         # KL of the projected latent
     relation_coef:float=0.       # Similarities between states
     long_coef:float=0.           # Consistency behind the horizon, where slices are longer
-    other_coef:float=0.          # Value and reward of actions that nobody took
+    other_coef:float=0.          # Value, reward and policy along actions that nobody took
 
     def any(self, *names): return any(getattr(self, n) for n in names)
 
@@ -69,7 +69,7 @@ class Distill:
         if w.any("latent_coef", "relation_coef", "other_coef"):
             self.teachers = teachers if teachers is not None else getattr(self.labels, "teachers", None)
             if self.teachers is None: raise ConfigError("latent_coef, relation_coef and other_coef need more than labels: give the teachers too.")
-        if w.other_coef: self.others, self.generator = Asked(self.teachers, ("reward", "value")), torch.Generator().manual_seed(seed + 17)
+        if w.other_coef: self.teachers, self.generator = TaskModels(self.teachers), torch.Generator().manual_seed(seed + 17)
 
 # %% ../nbs/22_distill.ipynb #7c1f03a9
 @patch
@@ -88,12 +88,11 @@ def __call__(self:Distill,
         if w.reward_coef: out["reward_distill_loss"] = reward_distill_loss(ours, theirs, said.known, at[1], None if self.scale is None else self.scale[task])
         if w.reward_ce_coef: out["reward_ce_distill_loss"] = reward_ce_loss(ours, theirs, said.known, at[1])
     if w.value_distill_coef: out["value_distill_loss"] = value_distill_loss(m.Q(zs[:-1], batch.action, task), said.value, said.known, rho)
-    states = torch.cat([zs[:1], m.encode(batch.obs[1:], task)]) if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef", "other_coef") else None  # Encoded, not imagined; the rollout has the first already
+    states = torch.cat([zs[:1], m.encode(batch.obs[1:], task)]) if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef") else None  # Encoded, not imagined; the rollout has the first already
     if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef"): out |= self._policy(m, states, task, said)
     if w.other_coef:
-        z, action = states[:-1], other_actions(batch.action, m.mask(task), self.generator)
-        about = self.others(batch._replace(action=action))
-        out["other_distill_loss"] = value_distill_loss(m.Q(z, action, task), about.value, about.known) + reward_ce_loss(m.reward(z, action, task), about.reward, about.known)
+        action = other_actions(batch.action, m.mask(task), self.generator)
+        out["other_distill_loss"] = other_loss(m, zs[0], action, imagine(self.teachers, batch.obs[0], action, task), task)
     if w.any("latent_coef", "relation_coef"):
         theirs = teacher_latents(self.teachers, batch.obs[0], task)
         if w.latent_coef: out["latent_distill_loss"] = latent_loss(zs[0], theirs, self._projections(m))
@@ -201,7 +200,7 @@ class DistillConfig:
     relation_coef:float=None       # Weight of the similarities between states in the teacher's latents
     long_horizon:int=None          # Steps of a slice for the consistency of latents; 0: no more than `horizon`
     long_coef:float=None           # Weight of that consistency behind `horizon`; TD-MPC2's weight is 20
-    other_coef:float=None          # Weight of the teacher's value and reward for actions that nobody took
+    other_coef:float=None          # Weight of what the teacher imagines along actions that nobody took: value, reward, policy
     task_scale:bool=None           # Divide the squared error of the reward by the variance of the task's rewards?
     pi_coef:float=None             # Weight of TD-MPC2's own policy loss, of the student only
     lr:float=3e-4                  # Adam's rate

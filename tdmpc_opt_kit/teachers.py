@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHAT', 'ANNOTATIONS_VERSION', 'load_teachers', 'untaught', 'Labels', 'answers', 'row_seeds', 'planned', 'Asked',
-           'annotation_keys', 'Kept', 'plan_order', 'annotate', 'Annotations']
+           'Imagination', 'imagine', 'annotation_keys', 'Kept', 'plan_order', 'annotate', 'Annotations']
 
 # %% ../nbs/16_teachers.ipynb #0e7f2b91
 import hashlib, json, math, mmap, os, re, time, zlib
@@ -209,6 +209,38 @@ class Asked:
                 got["plan"] = planned(m, obs.flatten(0, 1), own.repeat(T), seeds, self.cfg).unflatten(0, (T, len(b)))
             for f, x in got.items(): out[f][:, b, :x.shape[-1]] = x.to(dev)
         return Labels(known.to(dev), **out)
+
+# %% ../nbs/16_teachers.ipynb #646765a6
+class Imagination(NamedTuple):
+    "What teachers expect where given actions are taken; zeros where there is no teacher."
+    known:Tensor  # Has the row's task a teacher? bool `[B]`
+    reward:Tensor # Expected reward of each step, float32 `[H, B, 1]`
+    value:Tensor  # Log probabilities of the value's bins for each action, and for the policy's where the sequence ends, float32 `[H+1, B, 101]`
+    action:Tensor # The policy's action without noise in the imagined states 1 to H, float32 `[H, B, 6]`
+
+@torch.no_grad()
+def imagine(
+    teachers:TaskModels, # Who imagine
+    obs:Tensor,          # Where they begin `[B, 24]`
+    action:Tensor,       # What is done from there `[H, B, 6]`
+    task:Tensor,         # MT30 index `[B]`
+) -> Imagination:
+    "Let each row's teacher follow the actions through its own dynamics."
+    (H, B), dev, at = action.shape[:2], obs.device, task.cpu()
+    known = teachers.which[at] >= 0
+    mine = known.nonzero()[:, 0]
+    reward, value, policy = (torch.zeros(n, B, w, device=dev) for n, w in ((H, 1), (H + 1, NUM_BINS), (H, MAX_ACTION)))
+    for m, rows, own in teachers.groups(at[mine]) if len(mine) else ():
+        p, c, b = m.encoder[0].weight, m.cfg, mine[rows].to(dev)
+        own, a = own.to(p.device), action[:, b, :c.action_dim].to(p)
+        zs = [m.encode(obs[b, :c.obs_dim].to(p), own)]
+        for x in a: zs.append(m.next(zs[-1], x, own))
+        zs = torch.stack(zs)
+        pi = m.pi_params(zs[1:], own)[0].tanh()
+        reward[:, b] = from_two_hot(m.reward(zs[:-1], a, own).float()).to(dev)
+        value[:, b] = (m.Q(zs, torch.cat([a, pi[-1:]]), own).float().log_softmax(-1).logsumexp(0) - math.log(c.num_q)).to(dev)
+        policy[:, b, :c.action_dim] = pi.float().to(dev)
+    return Imagination(known.to(dev), reward, value, policy)
 
 # %% ../nbs/16_teachers.ipynb #ba52c7f8
 ANNOTATIONS_VERSION = 1

@@ -13,7 +13,7 @@ from tdmpc_opt_kit.config import ConfigError, from_preset
 from tdmpc_opt_kit.data import Batch
 from tdmpc_opt_kit.distill import DISTILL_PRESETS, Distill, DistillConfig, Pair, Weights
 from tdmpc_opt_kit.layers import plain_layers
-from tdmpc_opt_kit.tasks import task_set
+from tdmpc_opt_kit.tasks import MT30, task_set
 from tdmpc_opt_kit.teachers import Asked, Labels
 from tdmpc_opt_kit.terms import (MAX_MEAN, MIN_STD, Projections, average, latent_loss, other_actions, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
     reward_ce_loss, reward_distill_loss, teacher_latents, value_distill_loss)
@@ -236,18 +236,33 @@ def test_the_policy_is_evaluated_once(teachers):
     assert len(count) == 1
 
 
-def test_other_actions_are_those_that_the_teacher_was_asked_about(teachers):
-    "The loss is that of the teacher's reward and value at the drawn actions, in encoded states."
-    l, b, zs = learner(), batch(), torch.rand(H + 1, B, 16)
+def test_other_actions_are_imagined_by_both(teachers):
+    "Against a rollout step by step, a row at a time, in the teachers and in the student."
+    l, b, zs = learner(), batch((CATCH, SPIN, WALKER)), torch.rand(H + 1, B, 16)
     terms = Distill(teachers, 0., other_coef=2.)
     assert terms.what == ()
     g = torch.Generator(); g.set_state(terms.generator.get_state())
-    got = terms(l, b, zs, None)["other_distill_loss"]
-    m, action = l.model, other_actions(b.action, l.model.mask(b.task), g)
-    assert (action != b.action).any() and (action[..., m.mask(b.task)[0] == 0] == 0).all()
-    said, z = Asked(teachers, ("reward", "value"))(b._replace(action=action)), torch.cat([zs[:1], m.encode(b.obs[1:H], b.task)])
-    want = value_distill_loss(m.Q(z, action, b.task), said.value, said.known) + reward_ce_loss(m.reward(z, action, b.task), said.reward, said.known)
-    torch.testing.assert_close(got, 2 * want)
+    got, m = terms(l, b, zs, None)["other_distill_loss"], l.model
+    action = other_actions(b.action, m.mask(b.task), g)
+    assert (action != b.action).any() and (action * (1 - m.mask(b.task)) == 0).all()
+    value, reward, policy = [], [], []
+    with torch.no_grad():
+        for i in range(B):
+            if int(b.task[i]) == WALKER: continue  # Nobody teaches it
+            t = teachers.model_for(next(s for s in MT30 if s.index == int(b.task[i])))
+            own, task, A = torch.zeros(1, dtype=torch.int64), b.task[i:i + 1], t.cfg.action_dim
+            z, zt = zs[0, i:i + 1], t.encode(b.obs[0, i:i + 1, :t.cfg.obs_dim], own)
+            for h in range(H + 1):
+                if h:
+                    p, pt = m.pi_params(z, task)[0].tanh()[:, :A], t.pi_params(zt, own)[0].tanh()
+                    policy.append(float((p - pt).square().mean()))
+                a = action[h, i:i + 1] if h < H else torch.nn.functional.pad(pt, (0, 6 - A))
+                q = t.Q(zt, a[:, :A], own).softmax(-1).mean(0)
+                value.append(float((q * (q.log() - m.Q(z, a, task).log_softmax(-1))).sum(-1).mean()))
+                if h == H: break
+                reward.append(float(-(two_hot(from_two_hot(t.reward(zt, a[:, :A], own))) * m.reward(z, a, task).log_softmax(-1)).sum()))
+                z, zt = m.next(z, a, task), t.next(zt, a[:, :A], own)
+    assert float(got.detach()) == pytest.approx(2 * (np.mean(value) + np.mean(reward) + 10 * np.mean(policy)), rel=1e-4)
     assert not torch.equal(terms(l, b, zs, None)["other_distill_loss"], got)  # Other ones the next time
     with pytest.raises(ConfigError, match="other_coef"): Distill(lambda b: None, 0., other_coef=1.)
 
