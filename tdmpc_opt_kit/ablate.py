@@ -108,7 +108,7 @@ def make_children(
 
 # %% ../nbs/43_ablate.ipynb #e8c88174
 _NO_RESULT = ("log_every", "save_every", "device", "resume", "out_dir")           # A child's numbers do not depend on them
-_AFTERWARDS = ("eval_episodes", "eval_planning", "plan_episodes")                 # Nor does its training on these
+_AFTERWARDS = ("eval_episodes", "eval_planning", "plan_episodes", "plan")         # Nor does its training on these
 
 def state(
     child:Child, # To look for

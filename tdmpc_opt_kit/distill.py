@@ -20,6 +20,7 @@ from torch import Tensor
 from .agent import Agent, PolicyAgent, RandomAgent, TaskModels
 from .config import ConfigError, check_number, check_whole, nearest
 from .data import Mixture, Sampler, Store, chunk_files, collect, convert_chunks, is_store, open_chunk
+from .planner import plan_config
 from .tasks import MT30, task_set
 from .teachers import Annotations, Asked, Labels, annotate, imagine, load_teachers, untaught
 from .terms import (Projections, latent_loss, long_consistency_loss, other_actions, other_loss, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
@@ -224,6 +225,7 @@ class DistillConfig:
     eval_episodes:int=10           # Episodes a task at the end, policy alone
     eval_planning:str="1"          # Planning at the end: "all", "none", a number of tasks, or their names
     plan_episodes:int=2            # Episodes a task of those
+    plan:str="anchored"            # The student's planner at the end, a name in `PLAN_PRESETS`
     explore:bool=False             # Exploration noise while planning, as the published script has it
     seed:int=0
     device:str="auto"
@@ -235,6 +237,7 @@ class DistillConfig:
         object.__setattr__(self, "noise_stds", _numbers(self.noise_stds))
         _check_numbers(self)
         model_size(self.student_size)
+        plan_config(self.plan)
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 
@@ -257,7 +260,7 @@ DISTILL_PRESETS = dict(
               save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
     quick=dict(steps=3000, batch_size=128, lr=1e-3, lr_final=0.05, eval_every=1000, eval_planning="2"),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
-              save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, explore=True))
+              save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, plan="published", explore=True))
 
 # %% ../nbs/22_distill.ipynb #a397148e
 def _numbers(

@@ -393,7 +393,7 @@ def evaluate(
     independent = getattr(ready, "independent", False) if ready is not None else mode == "policy" and not explore
     groups = int(groups or 1 + independent)
     settings = dict(groups=1 if independent else groups, tasks=[s.name for s in specs], episodes=int(episodes), mode=mode, seed=int(seed), explore=bool(explore), num_envs=int(num_envs), max_steps=int(max_steps),
-        plan_config=asdict(getattr(ready, "cfg", cfg)) if mode == "plan" else None, weights=fingerprint(models) if models else None)
+        plan_config={k: v for k, v in asdict(getattr(ready, "cfg", cfg)).items() if k != "anchor" or v} if mode == "plan" else None, weights=fingerprint(models) if models else None)
     out = None if out is None else Path(out).expanduser()
     done, todo = _finished(out, settings), rounds(specs, int(episodes), int(num_envs))
     with tqdm(total=sum(map(len, todo)) * max_steps, initial=sum(r["decisions"] for r in done), unit="decision", desc=f"{mode}, {len(specs)} task{'s' * (len(specs) > 1)}",

@@ -38,6 +38,7 @@ class PlanConfig:
     min_std:float=0.05      # Sampling never gets narrower
     max_std:float=2.        # Nor wider; the first round's std
     discount:float=discount() # Of predicted rewards
+    anchor:float=0.         # What a candidate's value loses for each unit of mean squared distance from the policy's candidates; 0 as published
     precision:str="float32" # Arithmetic of the imagined futures: "float32", "bfloat16" or, on a CPU, "int8" and "mixed" (8 bits, the dynamics in bfloat16)
 
     def __post_init__(self):
@@ -47,9 +48,11 @@ class PlanConfig:
         if self.num_elites > self.num_samples: raise ConfigError(f"num_elites must be at most num_samples = {self.num_samples}, not {self.num_elites}.")
         if not 0 < self.min_std <= self.max_std: raise ConfigError(f"0 < min_std <= max_std is needed, not {self.min_std} and {self.max_std}.")
         if self.precision not in PRECISIONS: raise ConfigError(f"There is no precision {self.precision!r}; there are {', '.join(PRECISIONS)}.{nearest(self.precision, PRECISIONS)}")
+        if not 0 <= self.anchor < float("inf"): raise ConfigError(f"anchor must be a number of at least 0, not {self.anchor}.")
+        if self.anchor and not self.num_pi_trajs: raise ConfigError("anchor measures the distance from the policy's candidates: num_pi_trajs must not be 0.")
         if self.temperature < 0: raise ConfigError(f"temperature must not be negative, not {self.temperature}.")
 
-PLAN_PRESETS = dict(published={}, tiny=dict(iterations=2, num_samples=32, num_pi_trajs=4, num_elites=8))
+PLAN_PRESETS = dict(published={}, anchored=dict(anchor=20.), tiny=dict(iterations=2, num_samples=32, num_pi_trajs=4, num_elites=8))
 
 def plan_config(
     preset="published", # A name in `PLAN_PRESETS`, or a `PlanConfig`
@@ -332,6 +335,15 @@ class PlanInfo(NamedTuple):
     candidates:Tensor|None=None # All action sequences, if they were asked for `[B, I, H, N, A]`
 
 # %% ../nbs/14_planner.ipynb #98dce71c
+def _apart(
+    actions:Tensor, # All candidates, the policy's first `[B, H, N, A]`
+    P:int,          # How many are the policy's
+    mask:Tensor,    # One for the actuators of the task `[B, 1, A]`
+) -> Tensor:        # `[B, N]`
+    "Mean squared distance from the policy's mean candidate, over steps and the task's actuators."
+    d = (actions - actions[:, :, :P].mean(2, keepdim=True)).square().sum((1, 3))
+    return d / (actions.shape[1] * mask.sum(-1))
+
 def _round(
     r,                # What `rollouts` gives
     begun,            # From `r.begin`
@@ -347,6 +359,7 @@ def _round(
     H, P, A = cfg.horizon, cfg.num_pi_trajs, mean.shape[-1]
     actions[:, :, P:] = torch.addcmul(mean[:, :, None], std[:, :, None], samples).clamp_(-1, 1).mul_(r.mask[:, None])
     value = r.values(begun, noise, heads)
+    if cfg.anchor: value = value - cfg.anchor * _apart(actions, P, r.mask)
     best, at = value.topk(cfg.num_elites)
     elite = actions.gather(2, at[:, None, :, None].expand(-1, H, -1, A))
     weight = (cfg.temperature * best).softmax(-1)

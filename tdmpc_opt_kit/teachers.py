@@ -260,7 +260,7 @@ def annotation_keys(
             hash_weights(h := hashlib.blake2b(digest_size=16), m)
             weights[id(m)] = h.hexdigest()
         widths = {k: v for k, v in asdict(m.cfg).items() if k != "size"}
-        what = [ANNOTATIONS_VERSION, weights[id(m)], str(m.encoder[0].weight.dtype), widths, int(teachers.own[t.index])] + ([asdict(cfg)] if cfg else [])
+        what = [ANNOTATIONS_VERSION, weights[id(m)], str(m.encoder[0].weight.dtype), widths, int(teachers.own[t.index])] + ([{k: v for k, v in asdict(cfg).items() if k != "anchor" or v}] if cfg else [])  # It came later
         out[t.name] = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     return out
 

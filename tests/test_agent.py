@@ -56,6 +56,7 @@ def reference_plan(model, obs, task, mean, cfg, noise):
             z = model.next(z, actions[h], task)
         q = from_two_hot(model.Q(z, model.pi(z, task, noise.value[0, i]).action, task))[noise.heads[i] if noise.heads else slice(None)]
         value = (value + cfg.discount**H * q.mean(0)).nan_to_num(0)[:, 0]
+        if cfg.anchor: value = value - cfg.anchor * torch.stack([(actions[h] - actions[h, :P].mean(0)).square().sum(-1) for h in range(H)]).sum(0) / (H * mask.sum())
         best, at = value.topk(cfg.num_elites)
         w = (cfg.temperature * (best - best[0])).exp()
         w = (w / w.sum())[None, :, None]
@@ -65,7 +66,7 @@ def reference_plan(model, obs, task, mean, cfg, noise):
     return mean, std, value
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(horizon=1), dict(horizon=5, num_pi_trajs=0), dict(num_elites=1), dict(iterations=1, discount=0.5, temperature=2.)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(horizon=1), dict(horizon=5, num_pi_trajs=0), dict(num_elites=1), dict(iterations=1, discount=0.5, temperature=2.), dict(anchor=3.)], ids=str)
 @pytest.mark.parametrize("heads", [1, 2, 5])
 def test_plan_is_mppi(kw, heads):
     "In float64, where rounding cannot swap elites, against the plain version."
@@ -77,7 +78,16 @@ def test_plan_is_mppi(kw, heads):
     _, state, info = plan(model, obs, task, PlanState(mean), cfg, g, noise=noise)
     for i in range(3):
         ref = reference_plan(model, obs[i:i + 1], task[i:i + 1], mean[i], cfg, PlanNoise(*(t[i:i + 1] for t in noise[:3]), noise.heads))
-        for ours, theirs in zip((state.mean[i], info.std[i, -1], info.values[i, -1]), ref): torch.testing.assert_close(ours, theirs)
+        for ours, theirs in zip((state.mean[i], info.std[i, -1], info.values[i, -1]), ref): torch.testing.assert_close(ours, theirs, **(dict(rtol=1e-5, atol=1e-6) if cfg.anchor else {}))
+
+
+def test_a_strong_anchor_is_the_policy(model):
+    obs, task = torch.randn(5, 24), torch.tensor([0, 5, 7, 12, 16])
+    policy = model.pi(model.encode(obs, task), task, torch.zeros(5, 6))
+    off = [float((plan(model, obs, task, None, plan_config("published", anchor=a), torch.Generator().manual_seed(0))[1].mean[:, 0] - policy.mean).abs().mean()) for a in (0., 1e5)]
+    assert off[1] < 0.1 * off[0]
+    for kw, word in ((dict(anchor=-1.), "at least 0"), (dict(anchor=float("nan")), "at least 0"), (dict(anchor=1., num_pi_trajs=0), "num_pi_trajs")):
+        with pytest.raises(ConfigError, match=word): PlanConfig(**kw)
 
 
 @pytest.mark.parametrize("size", ["tiny", "1M"])
