@@ -174,7 +174,7 @@ def reward_scale(
 
 # %% ../nbs/22_distill.ipynb #baa96910
 RECIPES = dict(paper=dict(reward_coef=0.45, policy_coef=0., pi_coef=1.),
-               best=dict(reward_coef=0.45, policy_coef=30., pi_coef=0.))
+               best=dict(reward_coef=0.45, policy_coef=30., value_distill_coef=0.1, pi_coef=0.))
 
 _OFF = {f.name: f.default for f in fields(Weights) if f.name not in ("reward_coef", "policy_coef")} | dict(long_coef=20., long_horizon=0, task_scale=False)
 

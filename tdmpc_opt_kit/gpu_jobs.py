@@ -455,6 +455,7 @@ def distilled(job:Job, recipe:str, sampler:DeviceSampler, steps:int, reserve:flo
     model = WorldModel(model_size("tiny" if job.small else "1M"), MT30).to(job.device).eval()
     learner = Learner(model, TrainConfig(lr=1e-3, lr_final=0.05, decay_steps=steps, pi_coef=w["pi_coef"]))
     U, B = (2, 8) if job.small else (16, 256)
+    if left := [k for k, v in w.items() if v and k not in ("reward_coef", "policy_coef", "pi_coef")]: print(f"recipe {recipe}: the recorded update leaves out {', '.join(left)}")
     fast = GraphLearner(learner, B, 3, U, w["reward_coef"], w["policy_coef"], precision="tf32")
     state = next((s for d in (job.out, job.resume) if d is not None and (s := unpack(d, recipe)) is not None), None)
     if state is not None: learner.load_state_dict(state)

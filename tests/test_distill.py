@@ -135,10 +135,11 @@ def test_impossible_values(kw, word):
 
 
 @pytest.mark.parametrize(("preset", "kw", "weights"), [
-    ("quick", dict(), tuple(RECIPES["best"].values())), ("quick", dict(recipe="paper"), (0.45, 0., 1.)), ("mt30", dict(), (0.45, 0., 1.)), ("quick", dict(recipe="paper", policy_coef=2.), (0.45, 2., 1.))])
+    ("quick", dict(), tuple(RECIPES["best"][k] for k in ("reward_coef", "policy_coef", "pi_coef"))), ("quick", dict(recipe="paper"), (0.45, 0., 1.)), ("mt30", dict(), (0.45, 0., 1.)), ("quick", dict(recipe="paper", policy_coef=2.), (0.45, 2., 1.))])
 def test_a_recipe_decides_what_nobody_gave(preset, kw, weights):
     c = from_preset(DistillConfig, DISTILL_PRESETS, preset, **kw)
     assert (c.reward_coef, c.policy_coef, c.pi_coef) == weights
+    assert c.value_distill_coef == RECIPES[c.recipe].get("value_distill_coef", 0.) and c.other_coef == 0
 
 
 def test_unknown_preset():
