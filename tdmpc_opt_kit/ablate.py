@@ -359,6 +359,7 @@ class AblationConfig:
     eval_episodes:int=None
     eval_planning:str=None
     plan_episodes:int=None
+    plan:str=None
     explore:bool=None
     seed:int=0
     device:str="auto"

@@ -217,8 +217,8 @@ class PlanAgent(Agent):
         explore:bool=False,          # Add noise of the plan's final std?
     ):
         self.models, self.cfg, self.generator, self.explore = TaskModels(models), cfg, generator, explore
-        if alone := [t.name for t in self.models.tasks if not self.models.model_for(t).imagines]:
-            raise ConfigError(f"The model of {', '.join(alone)} is a policy alone, so nobody can plan with it; use mode 'policy', or the whole model.")
+        if not any(m.imagines for m in self.models.models):
+            raise ConfigError("The model is a policy alone, so nobody can plan with it; use mode 'policy', or the whole model.")
         self.reset()
 
     def reset(self):

@@ -150,6 +150,11 @@ def _row(what:str, t:Timing, each:int=1, base:Timing|None=None, flops:float=0., 
     return dict(what=what, ms=t.median / each, low=t.low / each, high=t.high / each, turns=t.turns, times_baseline=None if base is None else base.median / (t.median / each),
                 floor_ms=flops / rate / 1e6 if rate else None)
 
+def _there(precision:str, dev) -> bool:
+    "Is a precision more than a name here? Without instructions for bfloat16 the kernels compute it in float32."
+    if dev.type != "cpu" or kernels() is None: return precision in ("float32", "bfloat16")
+    return precision != "bfloat16" or kernels().bfloat16
+
 def bench_plan(
     model:WorldModel,                 # On the CPU or a GPU, of several tasks or one
     cfg:PlanConfig=PlanConfig(),      # The planner's settings; all precisions are tried
@@ -166,7 +171,7 @@ def bench_plan(
             plan(m, obs[:k], task[:k], state, c)
             if dev.type == "cuda": torch.cuda.synchronize()
         return f
-    precisions = [p for p in PRECISIONS if dev.type == "cpu" and kernels() is not None or p in ("float32", "bfloat16")]
+    precisions = [p for p in PRECISIONS if _there(p, dev)]
     calls = {"plain": one(PlainModel(model), "float32")} | {p: one(model, p) for p in precisions}
     other = reference_baseline()
     if other is not None and model.cfg.size == "1M" and dev.type == "cpu":
@@ -223,7 +228,7 @@ def bench_update(
             with context(): learner.update(batch, terms)
             if dev.type == "cuda": torch.cuda.synchronize()
         return f
-    precisions = ["float32"] + ["bfloat16"] * (dev.type == "cpu" and kernels() is not None)
+    precisions = ["float32"] + ["bfloat16"] * (dev.type == "cpu" and kernels() is not None and kernels().bfloat16)
     calls = {"plain": step("float32", plain_layers)} | {p: step(p) for p in precisions}
     other = reference_baseline()
     if other is not None and model.cfg.size == "1M" and dev.type == "cpu":
@@ -427,7 +432,7 @@ def bench_threads(
             torch.set_num_threads(threads)
             plan(model, obs, task, state, c)
         return f
-    precisions = [p for p in PRECISIONS if kernels() is not None or p in ("float32", "bfloat16")]
+    precisions = [p for p in PRECISIONS if _there(p, torch.device("cpu"))]
     try: t = paired({(p, k): one(p, k) for p in precisions for k in dict.fromkeys((1, most))}, turns, 1)
     finally: torch.set_num_threads(most)
     return [_row(f"plan, {p}, each of {pairs} pairs, {k} thread{'s' * (k > 1)}", t[p, k], pairs, None if k == 1 else Timing(t[p, 1].median / pairs, 0, 0, turns)) for p, k in t]

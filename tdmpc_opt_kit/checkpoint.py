@@ -492,7 +492,7 @@ def check_config(self:RunFolder,
     try: old = json.loads(path.read_text())
     except ValueError as e: raise ConfigError(f"{path}: not valid JSON ({e}); this run cannot be resumed.") from None
     if dataclasses.is_dataclass(cfg) and isinstance(old, dict) and {f.name for f in dataclasses.fields(cfg)} - set(old):  # Fields that came later had their defaults then
-        with contextlib.suppress(ConfigError, TypeError): old = _as_dict(type(cfg)(**old))
+        with contextlib.suppress(ConfigError, TypeError): old = _as_dict(type(cfg)(**{**getattr(cfg, "EARLIER", {}), **old}))
     drop = lambda d: {k: v for k, v in d.items() if k not in ignore}
     if d := _difference(drop(old), drop(_as_dict(cfg))):
         raise ConfigError(f"{self.path}: cannot be resumed with another {d[0]}: it ran with {json.dumps(d[1])}, not {json.dumps(d[2])}. Use its value, or another out_dir.")

@@ -181,6 +181,7 @@ _OFF = {f.name: f.default for f in fields(Weights) if f.name not in ("reward_coe
 @dataclass(frozen=True)
 class DistillConfig:
     "What a distillation run does; the parameters of `run_distill.ipynb`."
+    EARLIER = dict(value_distill_coef=0., plan="published")  # What a run did whose config.json is older than these fields, where it is not their default
     recipe:str="best"              # "paper" or "best": the weights below where they are None
     teacher:str="data/teachers"    # What `load_teachers` takes
     data_dir:str=None              # A store, or upstream's chunk folder; None collects into the run's folder
@@ -225,7 +226,7 @@ class DistillConfig:
     eval_episodes:int=10           # Episodes a task at the end, policy alone
     eval_planning:str="1"          # Planning at the end: "all", "none", a number of tasks, or their names
     plan_episodes:int=2            # Episodes a task of those
-    plan:str="anchored"            # The student's planner at the end, a name in `PLAN_PRESETS`
+    plan:str="anchored"            # The planner at the end, of student and baseline: a name in `PLAN_PRESETS`
     explore:bool=False             # Exploration noise while planning, as the published script has it
     seed:int=0
     device:str="auto"
@@ -257,7 +258,7 @@ class DistillConfig:
 # %% ../nbs/22_distill.ipynb #27f48cf5
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
-              save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2),
+              save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2, plan="tiny"),
     quick=dict(steps=3000, batch_size=128, lr=1e-3, lr_final=0.05, eval_every=1000, eval_planning="2"),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, plan="published", explore=True))
@@ -311,8 +312,8 @@ def run_tasks(
     teachers:TaskModels,  # Who teaches
 ) -> tuple:               # `TaskSpec`s
     "The tasks of a run: those that it names, or all that its teachers know; raises `ConfigError` where none has a teacher, a task without one would have no data, a teacher's task is unclear, or it is a policy alone and is asked for more."
-    if (more := [w for w in cfg.what if w != "policy"] + ["values"] * bool(cfg.other_coef)) and (alone := [t.name for t in teachers.tasks if not teachers.model_for(t).imagines]):
-        raise ConfigError(f"The teacher of {', '.join(alone)} is a policy alone and knows no {', '.join(more)}; give the whole model, or set the weights of these terms to 0.")
+    if (more := [w for w in cfg.what if w != "policy"] + ["values"] * bool(cfg.other_coef)) and (alone := [t.name for t in (teachers.tasks if cfg.tasks is None else task_set(cfg.tasks)) if teachers.which[t.index] >= 0 and not teachers.model_for(t).imagines]):
+        raise ConfigError(f"The teacher of {', '.join(alone)} is a policy alone and knows no {', '.join(more)}; give the whole model, leave the task out, or set the weights that ask for it to 0 (reward_coef, reward_ce_coef, value_distill_coef, plan_coef, other_coef).")
     if cfg.tasks is not None:
         specs, without = task_set(cfg.tasks), untaught(teachers, cfg.tasks)
         if len(without) == len(specs) or without and cfg.data_dir is None and not cfg.random_episodes: teachers.require(without, "teacher")

@@ -386,7 +386,8 @@ def evaluate(
     if not isinstance(models, TaskModels): models = None
     specs = _specs(models, _trained(model) if tasks is None else tasks)
     cfg = planner_settings(plan_config or "published")
-    if ready is None: make_agent(models, mode, 0, False, cfg)  # Raises where a model cannot plan
+    if ready is None and mode == "plan" and (alone := [s.name for s in specs if not models.model_for(s).imagines]):
+        raise ConfigError(f"The model of {', '.join(alone)} is a policy alone, so nobody can plan with it; use mode='policy', the whole model, or leave the task out.")
     if ready is not None: mode, explore = _mode(ready), bool(getattr(ready, "explore", False))
     if num_envs is None: num_envs = 64 if mode == "plan" and _device(models).type == "cpu" else 512
     make = (lambda s: _reseed(ready, s)) if ready is not None else lambda s: make_agent(models, mode, s, explore, cfg)
@@ -484,13 +485,16 @@ def student_card(
     table = published(tasks)
     by_task = [dict(task=t) | {"teacher, policy": of("teacher", "policy", t), "student, policy": of("student", "policy", t), "student, planner": of("student", "plan", t)}
                | {PUBLISHED[c]: table[c][t] for c in ("tdmpc2_1M", "tdmpc2_317M", "tdmpc2_single_task_5M")} for t in tasks]
-    without = result.get("tasks_without_teacher") or []
+    without, rounds = result.get("tasks_without_teacher") or [], result.get("dagger", {}).get("rounds")
+    more = f" Beside the data below, {rounds} rounds of its own episodes." if rounds else ""
     files = "\n".join(f"- `{f['path']}`: {f['bytes']:,} bytes" for k, f in s["files"].items() if k.startswith("student"))
     return f"""# A student of {len(tasks)} task{'s' * (len(tasks) > 1)}
 
-{s['num_params']:,} parameters, {s['num_params_policy']:,} of them encoder and policy; recipe {result['recipe']}, {tr['steps']:,} updates of {tr['batch_size']} slices in {tr['seconds'] / 60:.0f} minutes on {result['machine']['gpu'] or result['machine']['cpu']}.{' Without a teacher: ' + ', '.join(without) + '.' if without else ''}
+{s['num_params']:,} parameters, {s['num_params_policy']:,} of them encoder and policy; from the teachers in `{result['teacher']}` by recipe {result['recipe']}, {tr['steps']:,} updates of {tr['batch_size']} slices in {tr['seconds'] / 60:.0f} minutes on {result['machine']['gpu'] or result['machine']['cpu']}.{' Without a teacher: ' + ', '.join(without) + '.' if without else ''}
 
 {markdown(rows)}
+
+The planner here is `{result['planning_settings']}` (evaluate with `plan_config="{result['planning_settings']}"`); published columns are planners' as TD-MPC2 has them.{more}
 
 Mean returns by task (0 to 1000):
 

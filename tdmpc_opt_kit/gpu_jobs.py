@@ -467,10 +467,10 @@ def distilled(job:Job, recipe:str, sampler:DeviceSampler, steps:int, reserve:flo
         if not all(math.isfinite(v) for v in lines[-1].values()): raise FloatingPointError(f"{recipe}: a loss is not finite: {lines[-1]}")
     job.sync()
     took, done = time.perf_counter() - t0, learner.step >= steps
-    told = dict(step=learner.step, steps=steps, done=done, seconds=took, updates_per_second=(learner.step - begun) / max(took, 1e-9), how=fast.how, curve=lines[::max(len(lines) // 50, 1)], recipe=w)
+    told = dict(step=learner.step, steps=steps, done=done, seconds=took, updates_per_second=(learner.step - begun) / max(took, 1e-9), how=fast.how, curve=lines[::max(len(lines) // 50, 1)], recipe={k: v for k, v in w.items() if k not in left}, left_out=left)
     if done:
         for old in job.out.glob(f"{recipe}.[0-9][0-9]"): old.unlink()
-        save_world_model(model, job.out/f"{recipe}_fp16.safetensors", torch.float16, origin=f"gpu_jobs student, recipe {recipe}", metrics=dict(step=learner.step), include_target=False)
+        save_world_model(model, job.out/f"{recipe}_fp16.safetensors", torch.float16, origin=f"gpu_jobs student, recipe {recipe}" + f" without {', '.join(left)}" * bool(left), metrics=dict(step=learner.step), include_target=False)
     else: pack(learner.state_dict(), job.out, recipe)
     return told
 

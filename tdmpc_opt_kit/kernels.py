@@ -184,7 +184,7 @@ template <> inline vi dot<I8>(vi c, int32_t a, const int32_t* b) {
     return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(a), _mm512_loadu_si512(b));
 #elif defined(__AVX512BW__)
     return c + (vi)_mm512_madd_epi16(_mm512_set1_epi32(a), _mm512_loadu_si512(b));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     return c + (vi)_mm256_madd_epi16(_mm256_set1_epi32(a), _mm256_loadu_si256((const __m256i*)b));
 #else
     vi y = *(const vi*)b;

@@ -39,7 +39,7 @@ class PlanConfig:
     max_std:float=2.        # Nor wider; the first round's std
     discount:float=discount() # Of predicted rewards
     anchor:float=0.         # What a candidate's value loses for each unit of mean squared distance from the policy's candidates; 0 as published
-    precision:str="float32" # Arithmetic of the imagined futures: "float32", "bfloat16" or, on a CPU, "int8" and "mixed" (8 bits, the dynamics in bfloat16)
+    precision:str="float32" # Arithmetic of the imagined futures: "float32", "bfloat16" or, on a CPU, "int8" and "mixed" (8 bits, the dynamics in bfloat16); without instructions for bfloat16 the kernels take float32 for it
 
     def __post_init__(self):
         for k in ("horizon", "iterations", "num_samples", "num_elites"):

@@ -62,6 +62,7 @@ class Learner:
     ):
         self.model, self.cfg, self.seed, self.step = model, cfg or TrainConfig(), seed, 0
         dev, c = next(model.parameters()).device, self.cfg
+        if not model.imagines: raise ConfigError("The model is a policy alone and cannot be trained on; train the whole model and store policy_only(model) afterwards.")
         if c.precision != "float32" and dev.type != "cpu": raise ConfigError(f"precision {c.precision!r} is for training on a CPU; the model is on {dev}.")
         self.device, self.scale, self.program = dev, RunningScale(device=dev), None
         self.generator, self.cpu_generator = torch.Generator(dev).manual_seed(seed), torch.Generator().manual_seed(seed)

@@ -198,7 +198,7 @@ def policy_only(
     model:WorldModel, # Any
 ) -> PolicyModel:     # With the same tensors, not copies
     "The acting part of a model."
-    out = PolicyModel(model.cfg, model.tasks)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): out = PolicyModel(model.cfg, model.tasks)
     out.load_state_dict({k: v for k, v in model.state_dict().items() if k in out.state_dict()}, assign=True)
     own = dict(model.named_parameters())
     for k, p in out.named_parameters(): p.requires_grad_(own[k].requires_grad)

@@ -142,6 +142,15 @@ def test_a_recipe_decides_what_nobody_gave(preset, kw, weights):
     assert c.value_distill_coef == RECIPES[c.recipe].get("value_distill_coef", 0.) and c.other_coef == 0
 
 
+def test_a_run_older_than_a_field_had_what_was_done_then(tmp_path):
+    "Neither the values that recipe best distils now nor the anchored planner are taken for what an old run did."
+    run = RunFolder(tmp_path / "run")
+    run.write_config({k: v for k, v in vars(config(steps=8)).items() if k not in ("value_distill_coef", "plan", "other_coef")})
+    run.check_config(config(steps=8, value_distill_coef=0., plan="published"))
+    with pytest.raises(ConfigError, match="value_distill_coef"): run.check_config(config(steps=8, plan="published"))
+    with pytest.raises(ConfigError, match="another plan"): run.check_config(config(steps=8, value_distill_coef=0., plan="anchored"))
+
+
 def test_unknown_preset():
     with pytest.raises(ConfigError, match="Did you mean 'quick'"): from_preset(DistillConfig, DISTILL_PRESETS, "quik")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from processes import ROOT, run
-from tdmpc_opt_kit.kernels import _openmp, kernels
+from tdmpc_opt_kit.kernels import I8, _openmp, kernels
 from tdmpc_opt_kit.planner import PlanConfig, draw_noise, packed, plan
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.data import Batch
@@ -70,6 +70,28 @@ def test_odd_widths(widths):
     noise = draw_noise(cfg, 3, m.cfg.action_dim, torch.Generator().manual_seed(0))._replace(heads=[[0, 1], [1, 0]])
     a, b = (plan(x, obs, zero, None, cfg, torch.Generator().manual_seed(1), noise=noise)[2].values for x in (m, PlainModel(m)))
     torch.testing.assert_close(a[:, 0], b[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("K", [7, 33, 134])
+def test_eight_bit_products_are_exact(K):
+    "Rounded as described and then multiplied in float64: what integers give, to the last bits of a float32."
+    g, N, rows = torch.Generator().manual_seed(K), 50, 9
+    x, w, least = torch.rand(rows, K, generator=g) * 3 - 0.3, torch.randn(N, K, generator=g), -0.3088426
+    y, b = torch.zeros(rows, -(-N // (2 * kernels().lanes)) * 2 * kernels().lanes), torch.randn(N, generator=g)
+    kernels().lib.linear(I8, 1, 0, rows, K, N, x.data_ptr(), w.data_ptr(), b.data_ptr(), y.data_ptr(), 1)  # Inputs behind a Mish
+    scale, ws = (x.amax(1, keepdim=True) - least) / 255, w.abs().amax(1, keepdim=True) / 127
+    seen, weight = ((x - least) / scale).round() * scale + least, (w / ws).round() * ws
+    torch.testing.assert_close(y[:, :N], (seen.double() @ weight.double().T + b).float(), rtol=1e-4, atol=2e-2 * float(scale.max()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("without", ["-mno-avx512vnni", "-mno-avx512f"])
+def test_eight_bits_without_instructions_for_them(without, tmp_path):
+    "The same as an older processor gets it."
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-k', 'eight_bit_products', 'tests/test_kernels.py']))"
+    out = run([sys.executable, "-c", code], CXX=f"g++ {without}", XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=str(ROOT)).check()
+    assert "3 passed" in out
 
 
 @needs_kernels

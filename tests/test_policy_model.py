@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tdmpc_opt_kit.agent import PolicyAgent, make_agent
+from tdmpc_opt_kit.agent import PolicyAgent, TaskModels, make_agent
 from tdmpc_opt_kit.checkpoint import load_world_model, read_card, save_upstream, save_world_model
 from tdmpc_opt_kit.config import ConfigError, from_preset
 from tdmpc_opt_kit.distill import DISTILL_PRESETS, DistillConfig, run_tasks
@@ -10,6 +10,7 @@ from tdmpc_opt_kit.evaluate import evaluate
 from tdmpc_opt_kit.planner import PlanConfig, plan
 from tdmpc_opt_kit.tasks import MT30
 from tdmpc_opt_kit.teachers import load_teachers
+from tdmpc_opt_kit.train import Learner
 from tdmpc_opt_kit.world_model import PolicyModel, WorldModel, model_size, policy_only
 
 
@@ -54,6 +55,20 @@ def test_it_does_not_plan(whole, tmp_path):
               lambda: alone.Q(torch.zeros(1, 128), torch.zeros(1, 6), torch.zeros(1, dtype=torch.int64)), lambda: alone.update_target(), lambda: save_upstream(alone, tmp_path / "policy.pt")):
         with pytest.raises(ConfigError, match="policy alone"): f()
     assert not (tmp_path / "policy.pt").exists()
+
+
+def test_it_is_in_nobodys_way(whole, tmp_path):
+    "A policy alone beside whole models: only what needs more of it is refused, and nothing is drawn to make one."
+    before = torch.get_rng_state()
+    alone = policy_only(whole)
+    assert torch.equal(torch.get_rng_state(), before) and all(a.data_ptr() == b.data_ptr() for a, b in zip(alone.pi_head.parameters(), whole.pi_head.parameters()))
+    mixed = {"walker-walk": whole, "cup-catch": alone}
+    assert evaluate(mixed, "walker-walk", 1, mode="plan", plan_config="tiny", max_steps=2, progress=False).mode == "plan"
+    with pytest.raises(ConfigError, match="cup-catch is a policy alone"): evaluate(mixed, "cup-catch,walker-walk", 1, mode="plan", progress=False)
+    with pytest.raises(ConfigError, match="cannot be trained on"): Learner(alone)
+    both = TaskModels(mixed)
+    assert [s.name for s in run_tasks(from_preset(DistillConfig, DISTILL_PRESETS, "tiny", tasks="walker-walk"), both)] == ["walker-walk"]
+    with pytest.raises(ConfigError, match="value_distill_coef"): run_tasks(from_preset(DistillConfig, DISTILL_PRESETS, "tiny", tasks="walker-walk,cup-catch"), both)
 
 
 def test_as_a_teacher_it_teaches_its_policy_only(whole, tmp_path):
