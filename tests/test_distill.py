@@ -105,7 +105,7 @@ def test_scratch_is_what_it_would_be_alone(home, tmp_path):
 def test_weight_of_zero_asks_nobody(home):
     class Nobody:
         def __getattr__(self, name): raise AssertionError(f"{name} was asked")
-    pair = Pair(config(reward_coef=0., policy_coef=0.), Nobody())
+    pair = Pair(config(reward_coef=0., policy_coef=0., value_distill_coef=0.), Nobody())
     pair.update(Sampler(home / "store", TASKS, 8).sample())
 
 
