@@ -332,7 +332,7 @@ def test_labels_of_any_kind(teachers):
     seen = []
     def labels(b):
         seen.append(b)
-        return Labels(torch.ones(len(b.task), dtype=torch.bool), reward=torch.zeros(H, len(b.task), 1), mean=torch.zeros(H + 1, len(b.task), 6))
+        return Labels(torch.ones(len(b.task), dtype=torch.bool), reward=torch.zeros(H, len(b.task), 1), value=torch.zeros(H, len(b.task), 101).log_softmax(-1), mean=torch.zeros(H + 1, len(b.task), 6))
     assert "student/policy_distill_loss" in Pair(config(), labels).update(batch()) and len(seen) == 1
     with pytest.raises(ConfigError, match="give the teachers too"): Pair(config(latent_coef=1.), labels)
     Pair(config(latent_coef=1.), labels, teachers=teachers).update(batch())
