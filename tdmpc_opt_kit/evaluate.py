@@ -486,7 +486,7 @@ def student_card(
     by_task = [dict(task=t) | {"teacher, policy": of("teacher", "policy", t), "student, policy": of("student", "policy", t), "student, planner": of("student", "plan", t)}
                | {PUBLISHED[c]: table[c][t] for c in ("tdmpc2_1M", "tdmpc2_317M", "tdmpc2_single_task_5M")} for t in tasks]
     without, rounds = result.get("tasks_without_teacher") or [], result.get("dagger", {}).get("rounds")
-    more = f" Beside the data below, {rounds} rounds of its own episodes." if rounds else ""
+    more = f" Beside the data below, {rounds} round{'s' * (rounds > 1)} of its own episodes." if rounds else ""
     files = "\n".join(f"- `{f['path']}`: {f['bytes']:,} bytes" for k, f in s["files"].items() if k.startswith("student"))
     return f"""# A student of {len(tasks)} task{'s' * (len(tasks) > 1)}
 
