@@ -238,7 +238,8 @@ class DistillConfig:
         object.__setattr__(self, "noise_stds", _numbers(self.noise_stds))
         _check_numbers(self)
         model_size(self.student_size)
-        plan_config(self.plan)
+        try: plan_config(self.plan)
+        except ConfigError as e: raise ConfigError(f"plan: {e}") from None
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
 

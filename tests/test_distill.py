@@ -129,7 +129,7 @@ def test_reward_term_moves_the_student_toward_the_teacher(home):
 @pytest.mark.parametrize(("kw", "word"), [
     (dict(recipe="papr"), "Did you mean 'paper'"), (dict(steps=-1), "steps"), (dict(batch_size=0), "batch_size"), (dict(lr=-1.), "lr"),
     (dict(tasks="cup-cach"), "Did you mean 'cup-catch'"), (dict(student_size="1m"), "1M"), (dict(eval_planning="5"), "5 tasks"), (dict(noise_stds="-1"), "noise_stds"),
-    (dict(balance="task"), "balance"), (dict(eval_episodes=0), "eval_episodes"), (dict(horizon=0), "horizon")])
+    (dict(balance="task"), "balance"), (dict(eval_episodes=0), "eval_episodes"), (dict(plan="anchord"), "plan: .*Did you mean 'anchored'"), (dict(horizon=0), "horizon")])
 def test_impossible_values(kw, word):
     with pytest.raises(ConfigError, match=word.replace("(", r"\(")): config(**kw)
 
