@@ -8,14 +8,14 @@ __all__ = ['ONLINE_PRESETS', 'SMALL_PLAN', 'OnlineConfig', 'Replay', 'Explorer',
 
 # %% ../nbs/23_online.ipynb #5cc810dd
 import math, time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
 from .agent import PlanAgent, PolicyAgent
-from .checkpoint import RunFolder, save_world_model
+from .checkpoint import RunFolder, load_world_model, save_world_model
 from .config import ConfigError, check_number, check_whole, pick_device
 from .data import Batch, roll
 from .envs import VecEnv
@@ -30,6 +30,7 @@ class OnlineConfig:
     "What `train_teacher` does; the parameters of `run_teacher.ipynb`."
     tasks:str="cup-catch"       # What `task_set` takes; one network learns them all
     size:str="0.2M"             # A name in `SIZES`
+    init:str=""                 # A checkpoint to begin from, of a task with the same widths (the swing-up from the balance); no random episodes then
     decisions:int=20_000        # Decisions in the simulator, over all tasks
     num_envs:int=1              # Environments a task
     updates_per_decision:float=1. # Updates for each decision
@@ -58,6 +59,7 @@ class OnlineConfig:
         check_number(self, "noise_start", "noise_end", "enough")
         check_number(self, "noise_corr", high=0.999)
         if self.explore not in ("policy", "plan"): raise ConfigError(f"explore must be 'policy' or 'plan', not {self.explore!r}.")
+        if not isinstance(self.init, str): raise ConfigError(f"init must be the path of a checkpoint, or empty, not {self.init!r}.")
         at_random = self.seed_turns * self.num_envs * len(specs)
         if (self.decisions - at_random) * self.updates_per_decision < 1:
             raise ConfigError(f"decisions must leave room for updates after the {at_random} random ones that seed_episodes asks for, not {self.decisions}.")
@@ -171,6 +173,7 @@ class Teaching:
         size = model_size(cfg.size, obs_dim=max(s.obs_dim for s in self.specs), action_dim=max(s.action_dim for s in self.specs), **one)
         torch.manual_seed(cfg.seed)
         self.model = WorldModel(size, self.specs).to(self.device).eval()
+        if cfg.init: self.begin_from(cfg.init)
         self.learner = Learner(self.model, TrainConfig(lr=cfg.lr), cfg.seed)
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed + 2)
         self.local = {s.index: i for i, s in enumerate(self.specs)}  # MT30 index to the model's own
@@ -190,13 +193,28 @@ def open(self:Teaching):
 
 SMALL_PLAN = PlanConfig(num_samples=128, num_pi_trajs=16, num_elites=16, iterations=4)  # A planner that an explorer on one core can afford
 
+# %% ../nbs/23_online.ipynb #b1e0d7a2
+@patch
+def begin_from(self:Teaching,
+    path,   # A checkpoint with this model's widths
+):
+    "Take over the weights of another task's model; raises `ConfigError` if it does not fit."
+    other = load_world_model(path)
+    if not other.imagines: raise ConfigError(f"{path} holds a policy alone; init needs a whole world model.")
+    mine, its = asdict(self.model.cfg), asdict(other.cfg)
+    if wrong := [f"{k} {its[k]} instead of {v}" for k, v in mine.items() if its[k] != v]:
+        raise ConfigError(f"{path} does not fit {self.cfg.tasks} at size {self.cfg.size}: it has {', '.join(wrong)}. "
+                          "init takes a model of a task with the same observations and actions, and of the same size.")
+    self.model.load_state_dict(other.state_dict())
+
+
 # %% ../nbs/23_online.ipynb #b0ac1d15
 @patch
 def turn(self:Teaching) -> dict:
     "One decision in every environment and the updates that go with it; returns the last update's numbers."
     c, n, stats = self.cfg, self.env.num_envs, {}
     fill = self.seeding > 0
-    if fill and not self.learner.step: action = self.explorer.rng.uniform(-1, 1, self.explorer.mask.shape).astype(np.float32) * self.explorer.mask
+    if fill and not self.learner.step and not c.init: action = self.explorer.rng.uniform(-1, 1, self.explorer.mask.shape).astype(np.float32) * self.explorer.mask
     else: action = self.explorer.act(torch.from_numpy(self.obs), self.task, self.first, self.decisions)
     self.env.step_async(action)
     if not fill:
