@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIRST_EPISODE', 'PUBLISHED', 'EVALUATE_PRESETS', 'Interval', 'interval', 'where_time_goes', 'Report', 'markdown',
            'separate', 'difference', 'paired', 'Equality', 'equal_return', 'compare_runs', 'load_models', 'rounds',
-           'fingerprint', 'evaluate', 'repo_root', 'data_dir', 'published', 'compare', 'student_card', 'EvaluateConfig',
-           'evaluate_config', 'find_checkpoint']
+           'fingerprint', 'evaluate', 'planner_of', 'repo_root', 'data_dir', 'published', 'compare', 'student_card',
+           'EvaluateConfig', 'evaluate_config', 'find_checkpoint']
 
 # %% ../nbs/41_evaluate.ipynb #79dbf982
 import copy, csv, hashlib, json, time
@@ -371,7 +371,7 @@ def evaluate(
     device=None,                  # "auto", "cpu", "cuda"; None leaves a model where it is
     num_workers=None,             # Physics processes, one a core if None; no result depends on it
     progress:bool=True,           # Show a bar with the time left?
-    plan_config=None,             # `PlanConfig` or the name of one; the published settings if None
+    plan_config=None,             # `PlanConfig` or the name of one; None is what `planner_of` says
     num_envs:int|None=None,       # Environments in a round; None is 64 for planning on a CPU, else 512
     out=None,                     # File for finished rounds, to go on after an interruption
     max_steps:int=EPISODE_LENGTH, # Decisions an episode
@@ -385,7 +385,7 @@ def evaluate(
     models = load_models(model, device) if ready is None else getattr(ready, "models", None)
     if not isinstance(models, TaskModels): models = None
     specs = _specs(models, _trained(model) if tasks is None else tasks)
-    cfg = planner_settings(plan_config or "published")
+    cfg = planner_settings(plan_config or planner_of(model))
     if ready is None and mode == "plan" and (alone := [s.name for s in specs if not models.model_for(s).imagines]):
         raise ConfigError(f"The model of {', '.join(alone)} is a policy alone, so nobody can plan with it; use mode='policy', the whole model, or leave the task out.")
     if ready is not None: mode, explore = _mode(ready), bool(getattr(ready, "explore", False))
@@ -411,6 +411,16 @@ def evaluate(
 def _trained(model):
     "The tasks that a checkpoint's card says it was trained on; a student of MT30's shape may have seen few of them."
     return None if not isinstance(model, (str, Path)) or Path(model).expanduser().is_dir() else read_card(model)["metrics"].get("trained_tasks")
+
+def planner_of(
+    model,    # What `load_models` takes, or an agent
+) -> str:     # A name in `PLAN_PRESETS`
+    "The planner that a checkpoint's card says its scores were made with, \"published\" where it says nothing; raises `ConfigError` for a name that does not exist."
+    if not isinstance(model, (str, Path)) or Path(model).expanduser().is_dir(): return "published"
+    name = read_card(model)["metrics"].get("planner", "published")
+    try: planner_settings(name)
+    except (ConfigError, TypeError) as e: raise ConfigError(f"{model}: its card names a planner that does not exist ({e}); say which one to use with plan_config.") from None
+    return name
 
 def _specs(models, tasks) -> tuple:
     "The tasks to play; raises `ConfigError` where a model is missing or its task unclear."
@@ -494,7 +504,7 @@ def student_card(
 
 {markdown(rows)}
 
-The planner here is `{result['planning_settings']}` (evaluate with `plan_config="{result['planning_settings']}"`); published columns are planners' as TD-MPC2 has them.{more}
+The planner here is `{result['planning_settings']}`, which the files name on their cards, so that `evaluate` takes it unless told otherwise; published columns are planners' as TD-MPC2 has them.{more}
 
 Mean returns by task (0 to 1000):
 
@@ -519,7 +529,7 @@ class EvaluateConfig:
     episodes:int=10            # Of each task
     mode:str="plan"            # "plan", "policy" or "both"
     explore:bool=False         # Exploration noise?
-    plan:str="published"       # The planner's settings by name
+    plan:str|None=None         # The planner's settings by name; None is what the checkpoint's card names, else "published"
     precision:str="float32"    # Of the planner's imagination, see `PlanConfig`
     seed:int=0                 # Of environments and agent
     device:str="auto"          # "auto" takes a GPU if there is one
@@ -536,7 +546,7 @@ class EvaluateConfig:
             v = getattr(self, k)
             if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ConfigError(f"{k} must be a whole number of at least 1, not {v!r}.")
         if self.tasks is not None: task_set(self.tasks)
-        planner_settings(self.plan, precision=self.precision)
+        planner_settings(self.plan or "published", precision=self.precision)
 
     @property
     def modes(self) -> tuple: return ("policy", "plan") if self.mode == "both" else (self.mode,)
@@ -544,7 +554,7 @@ class EvaluateConfig:
 EVALUATE_PRESETS = dict(
     tiny=dict(checkpoint="untrained", tasks="pendulum-spin,cup-catch", episodes=2, mode="both", plan="tiny", max_steps=30),
     quick=dict(episodes=10, mode="policy"),
-    mt30=dict(tasks="mt30", episodes=10, mode="plan"))
+    mt30=dict(tasks="mt30", episodes=10, mode="plan", plan="published"))
 
 def evaluate_config(
     preset:str|None=None, # Name; None is `TDMPC_PRESET`, or "quick"
