@@ -575,6 +575,7 @@ def find_checkpoint(
     if checkpoint is None:
         students = sorted(root.glob("runs/**/student.safetensors"), key=lambda p: p.stat().st_mtime)
         if students: return students[-1], f"the newest student, {students[-1].relative_to(root)}"
+        if (ships := root/"data"/"students"/"student.safetensors").is_file(): return ships, "the student that ships, data/students/student.safetensors"
         if any((root/"data"/"teachers").glob("*.safetensors")): return root/"data"/"teachers", "the teachers in data/teachers"
     if checkpoint in (None, "untrained"):
         with torch.random.fork_rng(devices=[]):

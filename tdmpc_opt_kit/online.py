@@ -255,7 +255,7 @@ def train_teacher(
 ) -> dict:               # The report: best evaluation, curve, seconds
     "Train a teacher in the simulator and leave its best policy's checkpoint in the run folder."
     from tqdm import tqdm
-    begun, run, t = time.perf_counter(), RunFolder(out_dir), make(cfg)
+    begun, t, run = time.perf_counter(), make(cfg), RunFolder(out_dir)
     state = begin_run(run, cfg, resume, ignore=("decisions", "eval_every", "enough", "device", "threads"))
     best, seconds = (-1., 0.) if state is None else (state["best"], state["seconds"])
     run.truncate_metrics(0 if state is None else state["step"])

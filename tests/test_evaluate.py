@@ -294,6 +294,9 @@ def test_find_checkpoint(tmp_path):
     (tmp_path/"data"/"teachers").mkdir(parents=True)
     save_world_model(tiny("cup-catch"), tmp_path/"data"/"teachers"/"cup-catch.safetensors")
     assert find_checkpoint(root=tmp_path)[0] == tmp_path/"data"/"teachers"
+    (tmp_path/"data"/"students").mkdir()
+    save_world_model(tiny("cup-catch"), tmp_path/"data"/"students"/"student.safetensors")
+    assert find_checkpoint(root=tmp_path) == (tmp_path/"data"/"students"/"student.safetensors", "the student that ships, data/students/student.safetensors")
     for i, name in enumerate(("b", "a")):
         (tmp_path/"runs"/name).mkdir(parents=True)
         save_world_model(tiny("cup-catch"), tmp_path/"runs"/name/"student.safetensors")
