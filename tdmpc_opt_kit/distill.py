@@ -226,7 +226,7 @@ class DistillConfig:
     eval_episodes:int=10           # Episodes a task at the end, policy alone
     eval_planning:str="1"          # Planning at the end: "all", "none", a number of tasks, or their names
     plan_episodes:int=2            # Episodes a task of those
-    plan:str="anchored"            # The planner at the end, of student and baseline: a name in `PLAN_PRESETS`
+    plan:str="light"               # The planner at the end, of student and baseline: a name in `PLAN_PRESETS`
     explore:bool=False             # Exploration noise while planning, as the published script has it
     seed:int=0
     device:str="auto"

@@ -143,12 +143,12 @@ def test_a_recipe_decides_what_nobody_gave(preset, kw, weights):
 
 
 def test_a_run_older_than_a_field_had_what_was_done_then(tmp_path):
-    "Neither the values that recipe best distils now nor the anchored planner are taken for what an old run did."
+    "Neither the values that recipe best distils now nor the planner held to the policy are taken for what an old run did."
     run = RunFolder(tmp_path / "run")
     run.write_config({k: v for k, v in vars(config(steps=8)).items() if k not in ("value_distill_coef", "plan", "other_coef")})
     run.check_config(config(steps=8, value_distill_coef=0., plan="published"))
     with pytest.raises(ConfigError, match="value_distill_coef"): run.check_config(config(steps=8, plan="published"))
-    with pytest.raises(ConfigError, match="another plan"): run.check_config(config(steps=8, value_distill_coef=0., plan="anchored"))
+    with pytest.raises(ConfigError, match="another plan"): run.check_config(config(steps=8, value_distill_coef=0., plan="light"))
 
 
 def test_unknown_preset():
