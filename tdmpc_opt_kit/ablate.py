@@ -180,7 +180,7 @@ def _updates(child) -> int:
             f.seek(max(0, f.seek(0, 2) - 5000))
             steps = re.findall(rb'"step": (\d+)', f.read())
     except OSError: return 0
-    return min(int(steps[-1]), child.cfg.steps) if steps else 0
+    return min(int(steps[-1]), child.cfg.updates) if steps else 0
 
 def _stop(
     live,   # Child -> process
@@ -209,8 +209,8 @@ def run_children(
     "Run what is not done yet; an interrupt stops all children and is raised again."
     out, live, begun = {c.name: dict(state="done", seconds=0., error=None) for c in children if state(c) == "done"}, {}, {}
     todo = [c for c in children if c.name not in out]
-    done = lambda: sum(c.cfg.steps for c in children if c.name in out)
-    with tqdm(total=sum(c.cfg.steps for c in children), initial=done() + sum(map(_updates, todo)), desc="ablate", unit="update", disable=not progress, mininterval=2.) as bar:
+    done = lambda: sum(c.cfg.updates for c in children if c.name in out)
+    with tqdm(total=sum(c.cfg.updates for c in children), initial=done() + sum(map(_updates, todo)), desc="ablate", unit="update", disable=not progress, mininterval=2.) as bar:
         try:
             while todo or live:
                 while todo and len(live) < jobs:
@@ -347,8 +347,10 @@ class AblationConfig:
     tasks:str=None
     student_size:str=None
     steps:int=None
+    policy_steps:int=None
     batch_size:int=None
     lr:float=None
+    enc_lr_scale:float=None
     lr_final:float=None
     precision:str=None
     scratch:bool=False         # d = 0 is in the grids; a baseline in every child would double their time
@@ -387,7 +389,7 @@ class AblationConfig:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return max(1, cores // self.threads)
 
-ABLATION_PRESETS = dict(tiny=dict(grid="tiny", seeds=1, steps=3, eval_episodes=1, eval_planning="none"), quick=dict(steps=5000, batch_size=256, eval_planning="none"), mt30={})
+ABLATION_PRESETS = dict(tiny=dict(grid="tiny", seeds=1, steps=3, eval_episodes=1, eval_planning="none"), quick=dict(steps=5000, policy_steps=0, batch_size=256, eval_planning="none"), mt30={})
 
 def ablation_config(
     preset:str|None=None, # Name; None is `TDMPC_PRESET`, or "quick"

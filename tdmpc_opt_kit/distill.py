@@ -20,12 +20,13 @@ from torch import Tensor
 from .agent import Agent, PolicyAgent, RandomAgent, TaskModels
 from .config import ConfigError, check_number, check_whole, nearest
 from .data import Mixture, Sampler, Store, chunk_files, collect, convert_chunks, is_store, open_chunk
+from .layers import training_precision
 from .planner import plan_config
 from .tasks import MT30, task_set
 from .teachers import Annotations, Asked, Labels, annotate, imagine, load_teachers, untaught
 from .terms import (Projections, latent_loss, long_consistency_loss, other_actions, other_loss, plan_loss, policy_distill_loss, policy_kl_loss, policy_nll_loss, relation_loss,
     reward_ce_loss, reward_distill_loss, teacher_latents, value_distill_loss)
-from .train import Learner, TrainConfig
+from .train import Learner, TrainConfig, clip_gradients, step_
 from .world_model import WorldModel, model_size
 
 # %% ../nbs/22_distill.ipynb #632599d3
@@ -46,6 +47,11 @@ class Weights:
     other_coef:float=0.          # Value, reward and policy along actions that nobody took
 
     def any(self, *names): return any(getattr(self, n) for n in names)
+
+    @property
+    def policy(self) -> bool: # Of a state, not of a rollout
+        "Is there a term that looks at the student's policy?"
+        return self.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef")
 
     @property
     def what(self) -> tuple: # What `Asked` and `Annotations` take
@@ -89,8 +95,7 @@ def __call__(self:Distill,
         if w.reward_coef: out["reward_distill_loss"] = reward_distill_loss(ours, theirs, said.known, at[1], None if self.scale is None else self.scale[task])
         if w.reward_ce_coef: out["reward_ce_distill_loss"] = reward_ce_loss(ours, theirs, said.known, at[1])
     if w.value_distill_coef: out["value_distill_loss"] = value_distill_loss(m.Q(zs[:-1], batch.action, task), said.value, said.known, rho)
-    states = torch.cat([zs[:1], m.encode(batch.obs[1:], task)]) if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef") else None  # Encoded, not imagined; the rollout has the first already
-    if w.any("policy_coef", "policy_kl_coef", "policy_nll_coef", "plan_coef"): out |= self._policy(m, states, task, said)
+    if w.policy: out |= self._policy(m, torch.cat([zs[:1], m.encode(batch.obs[1:], task)]), task, said)  # Encoded, not imagined; the rollout has the first already
     if w.other_coef:
         action = other_actions(batch.action, m.mask(task), self.generator)
         out["other_distill_loss"] = other_loss(m, zs[0], action, imagine(self.teachers, batch.obs[0], action, task), task)
@@ -100,11 +105,14 @@ def __call__(self:Distill,
         if w.relation_coef: out["relation_distill_loss"] = relation_loss(zs[0], theirs, task)
     if w.long_coef and long is not None and len(long.action) > (H := len(batch.action)):
         out["long_consistency_loss"] = long_consistency_loss(m, zs[-1], long.obs[H + 1:], long.action[H:], task)
-    return {k: getattr(w, _coef[k]) * v for k, v in out.items()}
+    return self._weighed(out)
 
 _coef = dict(reward_distill_loss="reward_coef", policy_distill_loss="policy_coef", reward_ce_distill_loss="reward_ce_coef", value_distill_loss="value_distill_coef",
              policy_kl_distill_loss="policy_kl_coef", policy_nll_distill_loss="policy_nll_coef", plan_distill_loss="plan_coef", latent_distill_loss="latent_coef",
              relation_distill_loss="relation_coef", long_consistency_loss="long_coef", other_distill_loss="other_coef")
+
+@patch
+def _weighed(self:Distill, out) -> dict: return {k: getattr(self.weights, _coef[k]) * v for k, v in out.items()}
 
 @patch
 def _policy(self:Distill, m, states, task, said) -> dict:
@@ -117,6 +125,27 @@ def _policy(self:Distill, m, states, task, said) -> dict:
     if w.policy_nll_coef: out["policy_nll_distill_loss"] = policy_nll_loss(mean, log_std, said.mean, mask, said.known)
     if w.plan_coef: out["plan_distill_loss"] = plan_loss(action, said.plan, mask, said.known)
     return out
+
+# %% ../nbs/22_distill.ipynb #9b1d6f02
+@patch
+def imitate(self:Distill,
+    learner:Learner, # The student's
+    batch,           # As for `Learner.update`
+) -> dict:           # Scalars as tensors
+    "One update of encoder, task embedding and policy by the policy's terms."
+    m = learner.model
+    if not self.weights.policy: raise ConfigError("Nothing to imitate: policy_coef, policy_kl_coef, policy_nll_coef and plan_coef are all 0.")
+    learner.set_rates()
+    for p in learner.params: p.grad = None
+    with training_precision(learner.cfg.precision):
+        m.eval()
+        losses = self._weighed(self._policy(m, m.encode(batch.obs, batch.task), batch.task, self.labels(batch)))
+        total = sum(losses.values())
+        total.backward()
+    norm = clip_gradients(learner.params, learner.cfg.grad_clip)
+    step_(learner.opt); step_(learner.pi_opt)
+    learner.step += 1
+    return {k: v.detach() for k, v in (losses | dict(total_loss=total, grad_norm=norm)).items()}
 
 # %% ../nbs/22_distill.ipynb #7c1f03ab
 @patch
@@ -187,7 +216,8 @@ class DistillConfig:
     data_dir:str=None              # A store, or upstream's chunk folder; None collects into the run's folder
     tasks:str=None                 # What `task_set` takes; None is every task that has a teacher
     student_size:str="1M"          # A name in `SIZES`
-    steps:int=3000                 # Updates
+    steps:int=3000                 # Updates of the whole model
+    policy_steps:int=0             # Updates of encoder and policy alone before those; none without a term that looks at the policy
     batch_size:int=256             # Slices an update
     horizon:int=3                  # Steps of a slice
     reward_coef:float=None         # The paper's d
@@ -206,6 +236,7 @@ class DistillConfig:
     task_scale:bool=None           # Divide the squared error of the reward by the variance of the task's rewards?
     pi_coef:float=None             # Weight of TD-MPC2's own policy loss, of the student only
     lr:float=3e-4                  # Adam's rate
+    enc_lr_scale:float=0.3         # The encoder's rate relative to it; 0.3 is TD-MPC2's
     lr_final:float=1.              # Rate at the end relative to that, reached linearly over the second half
     precision:str="float32"        # Of the update's products, "float32" or "bfloat16"
     balance:str="tasks"            # Slices uniform over "rows", or balanced over "tasks"
@@ -236,12 +267,18 @@ class DistillConfig:
         for k, v in (_OFF | RECIPES[self.recipe]).items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
         object.__setattr__(self, "noise_stds", _numbers(self.noise_stds))
+        if not self.weights.policy: object.__setattr__(self, "policy_steps", 0)
         _check_numbers(self)
         model_size(self.student_size)
         try: plan_config(self.plan)
         except ConfigError as e: raise ConfigError(f"plan: {e}") from None
         if self.tasks is not None: task_set(self.tasks)
         planning_tasks(self.eval_planning, self.tasks or "mt30")
+
+    @property
+    def updates(self) -> int:
+        "Of the student, of both kinds."
+        return self.policy_steps + self.steps
 
     @property
     def slice_horizon(self) -> int: # For the `Sampler`
@@ -276,14 +313,14 @@ def _numbers(
 def _check_numbers(
     c:DistillConfig,  # To check
 ):
-    check_whole(c, steps=1, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, long_horizon=0, dagger_rounds=0, dagger_episodes=1, plan_rows=1, seed=0)
+    check_whole(c, steps=1, policy_steps=0, batch_size=2, horizon=1, collect_episodes=1, random_episodes=0, log_every=1, save_every=1, eval_every=0, eval_every_episodes=1, eval_episodes=1, plan_episodes=1, long_horizon=0, dagger_rounds=0, dagger_episodes=1, plan_rows=1, seed=0)
     check_number(c, "pi_coef", *(f.name for f in fields(Weights) if f.type is not bool))
     if 0 < c.long_horizon <= c.horizon: raise ConfigError(f"long_horizon must be 0 or more than horizon ({c.horizon}), not {c.long_horizon}.")
-    check_number(c, "lr", above=True)
+    check_number(c, "lr", "enc_lr_scale", above=True)
     check_number(c, "lr_final", high=1.)
     check_number(c, "dagger_noise")
     if not 0 < c.dagger_share < 1 or c.dagger_rounds and not c.dagger_rounds <= c.dagger_share * c.batch_size <= c.batch_size - 1: raise ConfigError(f"dagger_share must be between 0 and 1 and leave slices of the data and of each of {c.dagger_rounds} rounds in a batch of {c.batch_size}, not {c.dagger_share!r}.")
-    if c.dagger_rounds >= c.steps: raise ConfigError(f"dagger_rounds must be below steps ({c.steps}), not {c.dagger_rounds}.")
+    if c.dagger_rounds >= c.updates: raise ConfigError(f"dagger_rounds must be below the updates ({c.updates}), not {c.dagger_rounds}.")
     if c.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {c.precision!r}.")
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
     for k in ("scratch", "explore", "reward_rollout", "task_scale", "annotate"):
@@ -417,19 +454,19 @@ class Supply:
         step:int, # Updates done
     ) -> int:
         "Rounds that should have been played by then."
-        return min(self.cfg.dagger_rounds, step * (self.cfg.dagger_rounds + 1) // self.cfg.steps)
+        return min(self.cfg.dagger_rounds, step * (self.cfg.dagger_rounds + 1) // self.cfg.updates)
 
     def next_stop(self,
         step:int, # Updates done
     ) -> int:
         "The update before which the next round is played; the run's last one if none is left."
         n, c = self.due(step) + 1, self.cfg
-        return -(-n * c.steps // (c.dagger_rounds + 1))
+        return -(-n * c.updates // (c.dagger_rounds + 1))
 
     def labels_of(self, store:Store):
         "What makes labels of a store's batches."
         c, what = self.cfg, self.cfg.what
-        seen = c.steps * c.batch_size * (c.slice_horizon + 1)
+        seen = c.updates * c.batch_size * (c.slice_horizon + 1)
         if not what or not c.annotate or seen < sum(store.num_rows(s) for s in self.specs) and "plan" not in what: return Asked(self.teachers, what)
         try: return Annotations(store, self.teachers, what, specs=self.specs)  # All there, perhaps in a folder that nobody may write to
         except ConfigError: pass
@@ -486,10 +523,11 @@ class Pair:
     ):
         if cfg.task_scale and store is None: raise ConfigError("task_scale needs the store whose rewards it is made from.")
         scale = reward_scale(store, tasks).to(device) if cfg.task_scale else None
-        self.terms, self.horizon, self.learners = Distill(labels, teachers=teachers, scale=scale, seed=cfg.seed, **vars(cfg.weights)), cfg.horizon, {}
+        self.terms, self.horizon, self.policy_steps, self.learners = Distill(labels, teachers=teachers, scale=scale, seed=cfg.seed, **vars(cfg.weights)), cfg.horizon, cfg.policy_steps, {}
         for name in ("student", "scratch") if cfg.scratch else ("student",):
             torch.manual_seed(cfg.seed)
-            train_cfg = TrainConfig(lr=cfg.lr, pi_coef=cfg.pi_coef if name == "student" else 1., precision=cfg.precision, lr_final=cfg.lr_final, decay_steps=cfg.steps)
+            first = cfg.policy_steps if name == "student" else 0
+            train_cfg = TrainConfig(lr=cfg.lr, enc_lr_scale=cfg.enc_lr_scale, pi_coef=cfg.pi_coef if name == "student" else 1., precision=cfg.precision, lr_final=cfg.lr_final, decay_steps=first + cfg.steps, decay_from=first)
             self.learners[name] = Learner(WorldModel(model_size(cfg.student_size), MT30).to(device).eval(), train_cfg, cfg.seed)
 
     @property
@@ -502,9 +540,10 @@ class Pair:
         batch,       # For both
         terms=None,  # Not used: the pair has its own
     ) -> dict:       # "agent/loss" -> scalar
-        "One update of each."
+        "One update of each; the first `policy_steps` are of the student's encoder and policy alone, and the baseline waits."
         out, H = {}, self.horizon
         short = batch if len(batch.action) <= H else batch._replace(obs=batch.obs[:H + 1], action=batch.action[:H], reward=batch.reward[:H])
+        if self.step < self.policy_steps: return {f"student/{k}": v for k, v in self.terms.imitate(self.learners["student"], short).items()}
         for name, l in self.learners.items():
             stats = l.update(short, partial(self.terms, long=batch) if name == "student" else None)
             if name == "student": self.terms.step(l)
@@ -516,13 +555,13 @@ class Pair:
     ) -> list:      # One line for each agent, for the log
         "Split a line by agent."
         common = {k: v for k, v in line.items() if "/" not in k}
-        return [common | dict(agent=name) | {k.split("/")[1]: v for k, v in line.items() if k.startswith(name + "/")} for name in self.learners]
+        return [common | dict(agent=name) | {k.split("/")[1]: v for k, v in line.items() if k.startswith(name + "/")} for name in self.learners if f"{name}/total_loss" in line]
 
     def brief(self,
         line:dict,  # Of the training loop
     ) -> dict:      # name -> number
         "What a progress bar has room for: what distillation adds, and everybody's total."
-        return {k.removesuffix("_loss").removeprefix("student/"): v for k, v in line.items() if "_distill_" in k} | {k: line[f"{k}/total_loss"] for k in self.learners}
+        return {k.removesuffix("_loss").removeprefix("student/"): v for k, v in line.items() if "_distill_" in k} | {k: line[f"{k}/total_loss"] for k in self.learners if f"{k}/total_loss" in line}
 
     def state_dict(self) -> dict:
         terms = self.terms.state_dict()
