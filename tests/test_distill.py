@@ -47,12 +47,17 @@ def training(home, out, cfg, resume=False, stop_at=None):
         if pair.step == stop_at: signal.raise_signal(signal.SIGINT)
         return baseline(*args)
     pair.learners["scratch"].update = update
+    imitate = pair.terms.imitate
+    def first(*args):
+        if pair.step + 1 == stop_at: signal.raise_signal(signal.SIGINT)
+        return imitate(*args)
+    pair.terms.imitate = first
 
     def log(line):
         for row in pair.lines(line): run.log(row)
 
     save = lambda step: run.save(step, dict(pair=pair.state_dict(), sampler=sampler.state_dict()), pair.models["student"])
-    train(pair, sampler.sample, cfg.steps, log_every=2, on_log=log, save_every=4, on_save=save, progress=False)
+    train(pair, sampler.sample, cfg.updates, log_every=2, on_log=log, save_every=4, on_save=save, progress=False)
     return pair, run
 
 
@@ -70,6 +75,41 @@ def test_resumed_equals_uninterrupted(home, tmp_path, stop_at):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parts)))
     numbers = lambda run: [{k: v for k, v in r.items() if k != "updates_per_second"} for r in run.metrics()]
     assert numbers(run_whole) == numbers(run_parts)
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 6, 9])
+def test_resumed_equals_uninterrupted_where_the_policy_comes_first(home, tmp_path, stop_at):
+    "Stopped among the updates of the policy alone, at their last one, and behind them."
+    cfg = config(steps=6, policy_steps=5, lr_final=0.1)
+    whole, run_whole = training(home, tmp_path / "whole", cfg)
+    with pytest.raises(KeyboardInterrupt): training(home, tmp_path / "parts", cfg, stop_at=stop_at)
+    assert RunFolder(tmp_path / "parts").last()["step"] == stop_at
+    parts, run_parts = training(home, tmp_path / "parts", cfg, resume=True)
+    assert [l.step for l in parts.learners.values()] == [11, 6]
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parts)))
+    numbers = lambda run: [{k: v for k, v in r.items() if k != "updates_per_second"} for r in run.metrics()]
+    assert numbers(run_whole) == numbers(run_parts)
+    assert [(r["step"], r["agent"]) for r in numbers(run_whole)] == [(2, "student"), (4, "student"), *((k, a) for k in (6, 8, 10, 11) for a in ("student", "scratch"))]
+
+
+def test_an_update_of_the_policy_is_plain_imitation(home):
+    "Encoder and policy move as PyTorch's own Adam would move them by the clipped gradient of the weighed loss; nothing else moves."
+    teachers, b = load_teachers(home / "teachers"), Sampler(home / "store", TASKS, 64).sample()
+    pair = Pair(config(steps=5, policy_steps=5, lr=1e-2, enc_lr_scale=0.5, scratch=False), teachers)
+    m = pair.models["student"]
+    import copy
+    own = copy.deepcopy(m)
+    z = own.encode(b.obs, b.task)
+    action, theirs, mask = own.pi_params(z, b.task)[0].tanh(), teachers.policy(b.obs, b.task)[2], own.mask(b.task)
+    loss = 30 * ((action - theirs).square() * mask).sum(-1).div(mask.sum(-1)).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(own.parameters(), 20.)
+    parts = [(list(own.encoder.parameters()), 5e-3), (list(own.task_emb.parameters()), 1e-2)]
+    torch.optim.Adam([dict(params=p, lr=lr) for p, lr in parts]).step()
+    torch.optim.Adam(own.pi_head.parameters(), lr=1e-2, eps=1e-5).step()
+    stats = pair.update(b)
+    assert float(stats["student/policy_distill_loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (n, p), q in zip(m.named_parameters(), own.parameters()): assert torch.allclose(p, q, atol=2e-4), n
 
 
 def test_killed_without_notice_goes_on_from_the_last_checkpoint(home, tmp_path):
