@@ -107,7 +107,7 @@ def make_children(
     return out
 
 # %% ../nbs/43_ablate.ipynb #e8c88174
-_NO_RESULT = ("log_every", "save_every", "device", "resume", "out_dir")           # A child's numbers do not depend on them
+_NO_RESULT = ("log_every", "save_every", "device", "resume", "out_dir", "eval_others") # A child's numbers do not depend on them
 _AFTERWARDS = ("eval_episodes", "eval_planning", "plan_episodes", "plan")         # Nor does its training on these
 
 def state(
@@ -359,6 +359,7 @@ class AblationConfig:
     random_episodes:int=None
     eval_every:int=0
     eval_episodes:int=None
+    eval_others:bool=False     # Teachers and random actions are the same beside every child
     eval_planning:str=None
     plan_episodes:int=None
     plan:str=None

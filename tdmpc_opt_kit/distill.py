@@ -255,6 +255,7 @@ class DistillConfig:
     eval_every:int=1000            # Updates between evaluations on the way, policy alone; 0 for none
     eval_every_episodes:int=2      # Episodes a task in those
     eval_episodes:int=10           # Episodes a task at the end, policy alone
+    eval_others:bool=True          # Teachers, FP16 and random actions at the end too, and a film? Without, the student (and baseline) alone
     eval_planning:str="1"          # Planning at the end: "all", "none", a number of tasks, or their names
     plan_episodes:int=2            # Episodes a task of those
     plan:str="light"               # The planner at the end, of student and baseline: a name in `PLAN_PRESETS`
@@ -323,7 +324,7 @@ def _check_numbers(
     if c.dagger_rounds >= c.updates: raise ConfigError(f"dagger_rounds must be below the updates ({c.updates}), not {c.dagger_rounds}.")
     if c.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {c.precision!r}.")
     if c.balance not in ("rows", "tasks"): raise ConfigError(f"balance must be 'rows' or 'tasks', not {c.balance!r}.")
-    for k in ("scratch", "explore", "reward_rollout", "task_scale", "annotate"):
+    for k in ("scratch", "explore", "reward_rollout", "task_scale", "annotate", "eval_others"):
         if not isinstance(getattr(c, k), bool): raise ConfigError(f"{k} must be True or False, not {getattr(c, k)!r}.")
     if not c.noise_stds or not all(0 <= x < float("inf") for x in c.noise_stds): raise ConfigError(f"noise_stds must be numbers of at least 0, not {c.noise_stds}.")
     if len({f"{x:g}" for x in c.noise_stds}) < len(c.noise_stds): raise ConfigError(f"noise_stds has a strength twice: {c.noise_stds}; collect more episodes of one with collect_episodes.")
