@@ -36,7 +36,7 @@ GRIDS = dict(
         "long": _alone | dict(long_horizon=8, long_coef=20.), "other": _alone | dict(other_coef=0.3),
         "all": dict(recipe="paper", reward_rollout=True, reward_ce_coef=0.1, value_distill_coef=0.1, policy_coef=30., policy_kl_coef=0.1, policy_nll_coef=0.1, plan_coef=30., plan_rows=500,
                     latent_coef=1., relation_coef=1., long_horizon=8, long_coef=20., other_coef=0.3, pi_coef=0.),
-        "best": dict(recipe="best"), "best, rounds": dict(recipe="best", dagger_rounds=3)})
+        "best": dict(recipe="best"), "best, rounds": dict(recipe="best", dagger_rounds=3), "best, policy first": dict(recipe="best", policy_steps=10_000)})
 
 # %% ../nbs/43_ablate.ipynb #5b137353
 def load_grid(
@@ -390,7 +390,7 @@ class AblationConfig:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return max(1, cores // self.threads)
 
-ABLATION_PRESETS = dict(tiny=dict(grid="tiny", seeds=1, steps=3, eval_episodes=1, eval_planning="none"), quick=dict(steps=5000, policy_steps=0, batch_size=256, eval_planning="none"), mt30={})
+ABLATION_PRESETS = dict(tiny=dict(grid="tiny", seeds=1, steps=3, eval_episodes=1, eval_planning="none"), quick=dict(steps=5000, policy_steps=0, batch_size=256, lr=1e-3, enc_lr_scale=0.3, lr_final=0.05, eval_planning="none"), mt30={})
 
 def ablation_config(
     preset:str|None=None, # Name; None is `TDMPC_PRESET`, or "quick"

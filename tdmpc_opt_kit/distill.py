@@ -298,7 +298,7 @@ class DistillConfig:
 DISTILL_PRESETS = dict(
     tiny=dict(tasks="cup-catch,pendulum-spin", student_size="tiny", steps=6, batch_size=16, collect_episodes=1, noise_stds=(0.2,), random_episodes=1, log_every=2,
               save_every=2, eval_every=3, eval_every_episodes=1, eval_episodes=2, plan_episodes=2, plan="tiny"),
-    quick=dict(steps=3000, batch_size=128, lr=1e-3, lr_final=0.05, eval_every=1000, eval_planning="2"),
+    quick=dict(steps=2500, policy_steps=9000, batch_size=128, lr=3e-3, enc_lr_scale=1., lr_final=0.02, eval_every=2875, eval_planning="2"),
     mt30=dict(recipe="paper", teacher="data/upstream/multitask/mt30-317M.pt", data_dir="data/upstream/mt30", tasks="mt30", steps=1_000_000, balance="rows", log_every=1000,
               save_every=10_000, eval_every=100_000, eval_every_episodes=1, eval_episodes=10, eval_planning="all", plan_episodes=10, plan="published", explore=True))
 

@@ -62,12 +62,14 @@ def model_size(
 class WorldModel(nn.Module):
     "TD-MPC2's world model over a list of tasks; a task index counts within that list."
     imagines = True  # Are dynamics, reward and Q there, so that one can plan?
+    scheme = None    # How its weights were quantized, in plain values
     def __init__(self,
         cfg:ModelConfig,  # Widths
         tasks="mt30",     # What `task_set` takes; None for one task that has no name
     ):
         super().__init__()
-        self.cfg = c = cfg
+        self.cfg, self.quantized = cfg, {}  # Parameter name -> `QTensor` that its weights were rounded to
+        c = cfg
         self.tasks = None if tasks is None else tuple(t.name for t in task_set(tasks))
         specs = None if tasks is None else task_set(tasks)
         n, t = 1 if specs is None else len(specs), c.task_dim
@@ -202,7 +204,8 @@ def policy_only(
     out.load_state_dict({k: v for k, v in model.state_dict().items() if k in out.state_dict()}, assign=True)
     own = dict(model.named_parameters())
     for k, p in out.named_parameters(): p.requires_grad_(own[k].requires_grad)
-    out.action_mask = model.action_mask
+    out.action_mask, out.scheme = model.action_mask, model.scheme
+    out.quantized = {k: q for k, q in model.quantized.items() if k in own and k in dict(out.named_parameters())}
     return out.train(model.training)
 
 # %% ../nbs/12_world_model.ipynb #3066d0c9
