@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .config import ConfigError, machine, nearest, pick_device, versions
 from .qtensor import QTensor, unpack
 from .tasks import MAX_ACTION, MAX_OBS, task_set
-from .world_model import LOG_STD_MAX, LOG_STD_MIN, SIZES, ModelConfig, PolicyModel, WorldModel
+from .world_model import LOG_STD_MAX, LOG_STD_MIN, SIZES, ModelConfig, PolicyModel, WorldModel, round_inputs_
 
 # %% ../nbs/13_checkpoint.ipynb #d2337854
 _modules = {"_task_emb": "task_emb", "_encoder.state": "encoder", "_dynamics": "dynamics", "_reward": "reward_head", "_pi": "pi_head"}
@@ -239,8 +239,8 @@ def save_world_model(
         state |= {k: q.pack().cpu(), f"{k}.scale": q.scale.cpu()}
     card = dict(model=dataclasses.asdict(model.cfg), tasks=model.tasks and list(model.tasks), dtype="+".join([*sorted({f"int{q.bits}" for q in model.quantized.values()}), rest]),
         num_params=model.num_params, origin=origin, metrics=metrics or {}) | (dict() if model.imagines else dict(policy_only=True))
-    if model.quantized: card |= dict(scheme=model.scheme, quantized={k: [q.bits, q.group, q.shape[-1]] for k, q in model.quantized.items()})
-    write_safetensors(state, path, dict(format=FORMAT, version=VERSION_QUANTIZED if model.quantized else VERSION, config=json.dumps(jsonable(card))))
+    if new := bool(model.quantized or model.inputs): card |= dict(scheme=model.scheme, quantized={k: [q.bits, q.group, q.shape[-1]] for k, q in model.quantized.items()}, inputs=model.inputs)
+    write_safetensors(state, path, dict(format=FORMAT, version=VERSION_QUANTIZED if new else VERSION, config=json.dumps(jsonable(card))))
     return path
 
 def jsonable(x):
@@ -408,7 +408,11 @@ def load_world_model(
         if t.is_quantized: quantized.append((int((state[name] == 0).sum()), t.numel(), _scales(t)))
     model.load_state_dict(state, assign=True)
     model.action_mask = model.action_mask.to(device, dtype)
-    if ints and dtype == torch.float32: model.quantized, model.scheme = ints, e.card.get("scheme")
+    if e.card and (e.card.get("quantized") or e.card.get("inputs")):
+        model.scheme = e.card.get("scheme")
+        if dtype == torch.float32: model.quantized = ints
+        try: round_inputs_(model, e.card.get("inputs") or {})
+        except (ConfigError, AttributeError, TypeError) as err: raise ConfigError(f"{e.path}: its header is broken (inputs: {err}). Copy the file again.") from None
     if quantized: _warn_if_zero(e.path, quantized)
     return model.eval()
 

@@ -38,7 +38,7 @@ def fusable(
     "Are there kernels for this model: float32 on the CPU, all of it trained, of widths that they know?"
     c = model.cfg
     ok = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() and p.requires_grad != n.startswith("target_") for n, p in model.named_parameters())
-    return type(model) is WorldModel and ok and len(model.encoder) <= 8 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
+    return type(model) is WorldModel and model.inputs is None and ok and len(model.encoder) <= 8 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
 
 class _Room:
     "Hands out pieces of a block of memory; first only counts."

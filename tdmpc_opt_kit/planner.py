@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAN_PRESETS', 'PlanConfig', 'plan_config', 'Folded', 'Imagination', 'Rollouts', 'has_kernels', 'packed',
-           'policy_net', 'KernelRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'compile_way', 'capture', 'PlanGraph',
-           'GraphRollouts', 'draw_noise', 'draw_heads', 'plan']
+           'policy_net', 'KernelRollouts', 'ModuleRollouts', 'PlanState', 'PlanNoise', 'PlanInfo', 'compile_way',
+           'capture', 'PlanGraph', 'GraphRollouts', 'draw_noise', 'draw_heads', 'plan']
 
 # %% ../nbs/14_planner.ipynb #de743648
 import os, warnings, weakref
@@ -22,7 +22,7 @@ from .config import ConfigError, from_preset, nearest, override
 from .kernels import PRECISIONS, Imagined, Net, Watch, fits, kernels
 from .layers import simnorm
 from .tasks import discount
-from .twohot import bins, symexp
+from .twohot import bins, from_two_hot, symexp
 from .world_model import LOG_STD_MAX, LOG_STD_MIN, WorldModel
 
 # %% ../nbs/14_planner.ipynb #95723193
@@ -242,9 +242,9 @@ _packed = weakref.WeakKeyDictionary()  # model -> {precision: (Net, Watch of the
 def has_kernels(
     model:WorldModel, # To plan with
 ) -> bool:
-    "Does `packed` take this model: float32 on the CPU, and a compiler there?"
+    "Does `packed` take this model: float32 on the CPU, layers that take their inputs as they are, and a compiler there?"
     w, c = model.encoder[0].weight, model.cfg
-    return w.device.type == "cpu" and w.dtype == torch.float32 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
+    return model.inputs is None and w.device.type == "cpu" and w.dtype == torch.float32 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
 
 def packed(
     model:WorldModel,        # For which `has_kernels` holds
@@ -299,6 +299,28 @@ class KernelRollouts:
     def begin(self, z0, actions, noise, gamma) -> Imagined: return Imagined(self.net, z0, self.task, actions, gamma, noise)
     def values(self, begun, noise, heads) -> Tensor: return begun.values(noise, heads)
 
+# %% ../nbs/14_planner.ipynb #14q00001
+class ModuleRollouts(Imagination):
+    "A model whose layers round their inputs, asked layer by layer: nothing can be folded then."
+    dtype = torch.float32
+    def __init__(self,
+        model:WorldModel, # With `inputs`
+        task:Tensor,      # Task index `[B]`
+    ):
+        self.model, self.task, self.num_q, self.action_dim = model, task, model.cfg.num_q, model.cfg.action_dim
+        self.mask = model.mask(task).expand(len(task), -1)[:, None]  # [B, 1, A]
+
+    def rows(self, s:slice):
+        out = object.__new__(ModuleRollouts)
+        out.__dict__ |= self.__dict__ | dict(task=self.task[s], mask=self.mask[s])
+        return out
+
+    def pairs_at_once(self, cfg:PlanConfig) -> int: return max(1, 4096 // cfg.num_samples)
+    def encode(self, obs:Tensor) -> Tensor: return self.model.encode(obs.to(self.mask), self.task)
+    def step(self, z, action): return from_two_hot(self.model.reward(z.expand(*action.shape[:2], -1), action, self.task[:, None]))[..., 0], self.model.next(z.expand(*action.shape[:2], -1), action, self.task[:, None])
+    def pi(self, z): return (lambda mean, log_std: (mean, log_std.exp() * self.mask))(*self.model.pi_params(z, self.task[:, None]))
+    def value(self, z, action, heads): return from_two_hot(self.model.Q(z, action, self.task[:, None])[list(map(int, heads))]).mean(0)[..., 0]
+
 # %% ../nbs/14_planner.ipynb #9aa64d89
 @patch
 def rollouts(self:WorldModel,
@@ -307,6 +329,7 @@ def rollouts(self:WorldModel,
 ):
     "The model prepared for planning with some tasks; raises `ConfigError` for a precision that is not to be had here."
     if has_kernels(self): return KernelRollouts(self, task, precision)
+    if self.inputs: return ModuleRollouts(self, task)
     if precision in ("int8", "mixed"): raise ConfigError(f"precision {precision!r} needs a float32 model on the CPU and the compiled kernels (a g++, and widths divisible by 16); use 'float32' or 'bfloat16'.")
     if self.reward_head[0].weight.device.type == "cuda" and compile_way() != "off": return GraphRollouts(self, task, precision)
     return Rollouts(self, task, torch.bfloat16 if precision == "bfloat16" else None)

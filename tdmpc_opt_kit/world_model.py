@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LOG_STD_MIN', 'LOG_STD_MAX', 'ModelConfig', 'model_size', 'WorldModel', 'PiOut', 'PolicyModel',
-           'policy_only']
+           'policy_only', 'round_inputs_']
 
 # %% ../nbs/12_world_model.ipynb #9eab9cfb
 import copy, math
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .config import ConfigError, nearest, override
 from .layers import Ensemble, init_weights, mlp, over, simnorm
+from .qtensor import RoundInputs
 from .tasks import MAX_ACTION, MAX_OBS, task_set
 from .twohot import NUM_BINS
 
@@ -63,6 +64,7 @@ class WorldModel(nn.Module):
     "TD-MPC2's world model over a list of tasks; a task index counts within that list."
     imagines = True  # Are dynamics, reward and Q there, so that one can plan?
     scheme = None    # How its weights were quantized, in plain values
+    inputs = None    # Layer -> scale of its inputs, for layers that round them, see `round_inputs_`
     def __init__(self,
         cfg:ModelConfig,  # Widths
         tasks="mt30",     # What `task_set` takes; None for one task that has no name
@@ -206,7 +208,23 @@ def policy_only(
     for k, p in out.named_parameters(): p.requires_grad_(own[k].requires_grad)
     out.action_mask, out.scheme = model.action_mask, model.scheme
     out.quantized = {k: q for k, q in model.quantized.items() if k in own and k in dict(out.named_parameters())}
+    if model.inputs: round_inputs_(out, {n: s for n, s in model.inputs.items() if n.split(".")[0] in ("encoder", "pi_head")})
     return out.train(model.training)
+
+# %% ../nbs/12_world_model.ipynb #12q00002
+def round_inputs_(
+    model:WorldModel, # Changed in place
+    inputs:dict,      # Layer, as in "dynamics.1" -> scale of its inputs, or None for one of each row; empty: none
+) -> WorldModel:
+    "Round the inputs of some layers to eight bits, and of no others; raises `ConfigError` for a layer that is not there."
+    layers = {n.removesuffix(".weight"): model.get_submodule(n.removesuffix(".weight")) for n, _ in model.named_parameters() if n.endswith(".weight") and ".ln." not in n and not n.startswith(("target_", "task_emb"))}
+    if wrong := [n for n in inputs if n not in layers]: raise ConfigError(f"There is no layer {wrong[0]!r}; there are {', '.join(layers)}.{nearest(wrong[0], layers)}")
+    hooks = {n: RoundInputs(s) for n, s in inputs.items()}
+    for n, l in layers.items():
+        for k in [k for k, h in l._forward_pre_hooks.items() if isinstance(h, RoundInputs)]: del l._forward_pre_hooks[k]
+        if n in hooks: l.register_forward_pre_hook(hooks[n])
+    model.inputs = dict(inputs) or None
+    return model
 
 # %% ../nbs/12_world_model.ipynb #3066d0c9
 @patch
