@@ -27,6 +27,7 @@ from .evaluate import Interval, markdown, repo_root
 # %% ../nbs/43_ablate.ipynb #c643b4ac
 _alone = dict(recipe="paper", reward_coef=0.)
 _acts = _alone | dict(pi_coef=0.)
+_fast = dict(lr=3e-3, enc_lr_scale=1., lr_final=0.02)
 GRIDS = dict(
     tiny={"d=0": _alone, "d=0.45": dict(recipe="paper", reward_coef=0.45)},
     paper={f"d={d:g}": dict(recipe="paper", reward_coef=d) for d in (0., 0.05, 0.25, 0.4, 0.55, 0.6, 0.9)},
@@ -36,7 +37,8 @@ GRIDS = dict(
         "long": _alone | dict(long_horizon=8, long_coef=20.), "other": _alone | dict(other_coef=0.3),
         "all": dict(recipe="paper", reward_rollout=True, reward_ce_coef=0.1, value_distill_coef=0.1, policy_coef=30., policy_kl_coef=0.1, policy_nll_coef=0.1, plan_coef=30., plan_rows=500,
                     latent_coef=1., relation_coef=1., long_horizon=8, long_coef=20., other_coef=0.3, pi_coef=0.),
-        "best": dict(recipe="best"), "best, rounds": dict(recipe="best", dagger_rounds=3), "best, policy first": dict(recipe="best", policy_steps=10_000)})
+        "best": dict(recipe="best", policy_steps=0), "best, rounds": dict(recipe="best", policy_steps=0, dagger_rounds=3),
+        "best, faster": dict(recipe="best", policy_steps=0) | _fast, "best, policy first": dict(recipe="best", policy_steps=10_000, steps=3_000) | _fast})
 
 # %% ../nbs/43_ablate.ipynb #5b137353
 def load_grid(
@@ -107,8 +109,8 @@ def make_children(
     return out
 
 # %% ../nbs/43_ablate.ipynb #e8c88174
-_NO_RESULT = ("log_every", "save_every", "device", "resume", "out_dir", "eval_others") # A child's numbers do not depend on them
-_AFTERWARDS = ("eval_episodes", "eval_planning", "plan_episodes", "plan")         # Nor does its training on these
+_NO_RESULT = ("log_every", "save_every", "device", "resume", "out_dir")           # A child's numbers do not depend on them
+_AFTERWARDS = ("eval_episodes", "eval_planning", "plan_episodes", "plan", "eval_others") # Nor does its training on these
 
 def state(
     child:Child, # To look for
@@ -118,7 +120,7 @@ def state(
     run = RunFolder(child.path)
     try: run.check_config(child.cfg, _NO_RESULT + _AFTERWARDS)
     except ConfigError as e: raise ConfigError(f"{e} Or give the setting another name, or remove the folder.") from None
-    try: run.check_config(child.cfg, _NO_RESULT)
+    try: run.check_config(child.cfg, _NO_RESULT + ("eval_others",) * (not child.cfg.eval_others))  # More was evaluated than is asked for
     except ConfigError: return "begun"
     return "done" if _report(child) else "begun"
 
@@ -335,6 +337,7 @@ def ablation_table(
 @dataclass(frozen=True)
 class AblationConfig:
     "What an ablation does; the parameters of `run_ablation.ipynb`. Where None, the preset of run_distill decides."
+    EARLIER = dict(policy_steps=0, enc_lr_scale=0.3, eval_others=True)  # What an ablation did whose config.json is older than these fields
     preset:str="quick"
     grid:object="paper"        # A name in `GRIDS`, or a JSON file
     seeds:int=3                # Seeds of each setting, counted from `seed`
@@ -390,7 +393,7 @@ class AblationConfig:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return max(1, cores // self.threads)
 
-ABLATION_PRESETS = dict(tiny=dict(grid="tiny", seeds=1, steps=3, eval_episodes=1, eval_planning="none"), quick=dict(steps=5000, policy_steps=0, batch_size=256, lr=1e-3, enc_lr_scale=0.3, lr_final=0.05, eval_planning="none"), mt30={})
+ABLATION_PRESETS = dict(tiny=dict(grid="tiny", seeds=1, steps=4, policy_steps=0, eval_episodes=1, eval_planning="none"), quick=dict(steps=5000, policy_steps=0, batch_size=256, lr=1e-3, enc_lr_scale=0.3, lr_final=0.05, eval_planning="none"), mt30={})
 
 def ablation_config(
     preset:str|None=None, # Name; None is `TDMPC_PRESET`, or "quick"

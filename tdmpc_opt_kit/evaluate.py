@@ -497,11 +497,12 @@ def student_card(
                | {PUBLISHED[c]: table[c][t] for c in ("tdmpc2_1M", "tdmpc2_317M", "tdmpc2_single_task_5M")} for t in tasks]
     without, rounds = result.get("tasks_without_teacher") or [], result.get("dagger", {}).get("rounds")
     more = f" Beside the data below, {rounds} round{'s' * (rounds > 1)} of its own episodes." if rounds else ""
+    rates = f" (Adam's rate {tr['lr']:g}, the encoder's {tr['lr'] * tr['enc_lr_scale']:g}, at the end {tr['lr_final']:g} of that)" if "lr" in tr else ""
     first = f"{tr['policy_steps']:,} updates of encoder and policy alone, then " if tr.get("policy_steps") else ""
     files = "\n".join(f"- `{f['path']}`: {f['bytes']:,} bytes" for k, f in s["files"].items() if k.startswith("student"))
     return f"""# A student of {len(tasks)} task{'s' * (len(tasks) > 1)}
 
-{s['num_params']:,} parameters, {s['num_params_policy']:,} of them encoder and policy; from the teachers in `{result['teacher']}` by recipe {result['recipe']}, {first}{tr['steps']:,} updates of {tr['batch_size']} slices in {tr['seconds'] / 60:.0f} minutes on {result['machine']['gpu'] or result['machine']['cpu']}.{' Without a teacher: ' + ', '.join(without) + '.' if without else ''}
+{s['num_params']:,} parameters, {s['num_params_policy']:,} of them encoder and policy; from the teachers in `{result['teacher']}` by recipe {result['recipe']}, {first}{tr['steps']:,} updates of {tr['batch_size']} slices{rates} in {tr['seconds'] / 60:.0f} minutes on {result['machine']['gpu'] or result['machine']['cpu']}.{' Without a teacher: ' + ', '.join(without) + '.' if without else ''}
 
 {markdown(rows)}
 

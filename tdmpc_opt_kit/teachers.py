@@ -210,6 +210,12 @@ class Asked:
             for f, x in got.items(): out[f][:, b, :x.shape[-1]] = x.to(dev)
         return Labels(known.to(dev), **out)
 
+    def only(self,
+        what, # Of what it is asked for
+    ):
+        "The same, asked for less."
+        return Asked(self.teachers, what, self.cfg)
+
 # %% ../nbs/16_teachers.ipynb #646765a6
 class Imagination(NamedTuple):
     "What teachers expect where given actions are taken; zeros where there is no teacher."
@@ -446,6 +452,7 @@ class Annotations:
         what,             # Of "reward", "value", "policy" and "plan"
         plan_config=None, # The same as there
         specs=None,       # The same as there
+        plan_rows=None,   # The same as there: these plans are used, and all of them have to be there; None: as many as there are
     ):
         self.store, teachers, self.what, cfg = Store(getattr(store, "path", store)), TaskModels(teachers), _asked(what), plan_config or PlanConfig()
         self.place = np.where(teachers.which.numpy() < 0, -1, -2)  # MT30 index -> place among the tasks here; -1 for no teacher
@@ -453,7 +460,7 @@ class Annotations:
         self.place[[t.index for t in self.specs]] = np.arange(len(self.specs))
         self.maps = {f: [] for w in self.what if w != "plan" for f in WHAT[w]}
         if self.maps: self._open(annotation_keys(teachers, self.specs))
-        if "plan" in self.what: self._open_plans(annotation_keys(teachers, self.specs, cfg))
+        if "plan" in self.what: self._open_plans(annotation_keys(teachers, self.specs, cfg), plan_rows)
 
     def _open(self, keys:dict):
         for t in self.specs:
@@ -462,19 +469,32 @@ class Annotations:
                 if k.rows(f) < R: raise self._missing(t.name, f, k.rows(f), R)
                 with open(k.file(f), "rb") as file: self.maps[f].append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def _open_plans(self, keys:dict):
+    def _open_plans(self, keys:dict, plan_rows):
         "All plans `[P + 1, 6]` with NaN at the end, and their rows counted over all tasks, in order."
         self.first, ids, plans = np.concatenate([[0], np.cumsum([self.store.num_rows(t) for t in self.specs])]).astype(np.int64), [], []
         for j, t in enumerate(self.specs):
             k = Kept(self.store, t.name, keys[t.name])
             if not (n := k.rows("plan")): raise self._missing(t.name, "plan", 0, self.store.num_rows(t))
-            ids.append(np.fromfile(k.file("row"), np.int64, n) + self.first[j])
-            plans.append(np.fromfile(k.file("plan"), np.float16, n * MAX_ACTION).reshape(n, -1))
+            row, x = np.fromfile(k.file("row"), np.int64, n), np.fromfile(k.file("plan"), np.float16, n * MAX_ACTION).reshape(n, -1)
+            if plan_rows is not None:
+                used = np.isin(row, want := plan_order(self.store.num_rows(t), plan_rows))
+                if used.sum() < len(want): raise self._missing(t.name, "plan", int(used.sum()), len(want))
+                row, x = row[used], x[used]
+            ids.append(row + self.first[j])
+            plans.append(x)
         ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
         order = np.argsort(ids)
         self.ids, self.plans = ids[order], torch.from_numpy(np.concatenate([np.concatenate(plans)[order] if plans else np.empty((0, MAX_ACTION), np.float16), np.full((1, MAX_ACTION), np.nan, np.float16)])).float()
 
     def _missing(self, task, field, n, R): return ConfigError(f"{self.store.path}: {task} has {n} of {R} rows with {field} of this teacher; call annotate(store, teachers, {self.what}) first.")
+
+    def only(self,
+        what, # Of what it was opened with
+    ):
+        "The same, opened for less."
+        out = object.__new__(Annotations)
+        out.__dict__ |= self.__dict__ | dict(what=(what := _asked(what)), maps={f: m for f, m in self.maps.items() if any(f in WHAT[w] for w in what)})
+        return out
 
 # %% ../nbs/16_teachers.ipynb #f9b50e37
 @patch

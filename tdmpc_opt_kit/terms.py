@@ -57,10 +57,12 @@ def value_distill_loss(
     log_probs:Tensor, # The teacher's log probabilities `[T, B, 101]`
     known=None,       # Has the slice a teacher? bool `[B]`
     rho:float=1.,     # Weight of a step relative to the one before
+    weight=None,      # Of each slice `[B]`
 ) -> Tensor:          # Scalar
     "KL of the teacher's value distribution to each head's, the mean over heads."
     log_probs = log_probs.clamp(min=-100.)  # A probability of exactly zero would make 0 times infinity
-    return average((log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1).mean(0), known, rho)
+    x = (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1).mean(0)
+    return average(x if weight is None else x * weight, known, rho)
 
 # %% ../nbs/17_terms.ipynb #df926d86
 def per_actuator(

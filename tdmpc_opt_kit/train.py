@@ -32,7 +32,7 @@ class TrainConfig:
     enc_lr_scale:float=0.3       # The encoder's rate relative to it
     lr_final:float=1.            # Rates at the end of a run relative to its beginning; 1 keeps them
     decay_steps:int=0            # Length of that run in updates; rates fall linearly over its second half
-    decay_from:int=0             # No earlier than at this update
+    decay_from:int=None          # Or from this update on
     grad_clip:float=20.          # Largest gradient norm, for world model and policy each
     rho:float=0.5                # Weight of a step along the rollout relative to the one before
     consistency_coef:float=20.   # Weight of the latent prediction
@@ -50,7 +50,7 @@ class TrainConfig:
         check_number(self, "consistency_coef", "reward_pred_coef", "value_coef", "pi_coef", "entropy_coef")
         check_number(self, "rho", "tau", "discount", "lr_final", high=1.)
         if self.lr_final < 1 and self.decay_steps < 1: raise ConfigError("lr_final below 1 needs decay_steps, the updates of the whole run.")
-        if self.lr_final < 1 and not 0 <= self.decay_from < self.decay_steps: raise ConfigError(f"decay_from must be at least 0 and below decay_steps ({self.decay_steps}), not {self.decay_from}.")
+        if self.lr_final < 1 and not 0 <= (self.decay_from or 0) < self.decay_steps: raise ConfigError(f"decay_from must be at least 0 and below decay_steps ({self.decay_steps}), not {self.decay_from}.")
         check_number(self, "dropout", high=0.99)
         if self.precision not in ("float32", "bfloat16"): raise ConfigError(f"precision must be 'float32' or 'bfloat16', not {self.precision!r}.")
 
@@ -198,7 +198,7 @@ def set_rates(self:Learner):
     "Adam's rates for the update that comes."
     c = self.cfg
     if c.lr_final == 1: return
-    start = max(c.decay_from, c.decay_steps / 2)
+    start = c.decay_steps / 2 if c.decay_from is None else c.decay_from
     share = min(max((self.step - start) / (c.decay_steps - start), 0.), 1.)
     for g, lr in zip([*self.opt.param_groups, *self.pi_opt.param_groups], self.rates): g["lr"] = lr * (1 - (1 - c.lr_final) * share)
 

@@ -76,6 +76,37 @@ def test_config():
     for kw, words in ((dict(reference="d=0.41"), "Did you mean 'd=0.4'"), (dict(seeds=0), "seeds"), (dict(jobs=0), "jobs"), (dict(preset="tinny"), "Did you mean 'tiny'")):
         with pytest.raises(ConfigError, match=words): ablation_config(**dict(preset="quick") | kw)
 
+def test_every_grid_with_every_preset(tmp_path):
+    for preset in ("tiny", "quick"):
+        for grid in GRIDS:
+            cfg = ablation_config(preset, grid=grid)
+            assert len(make_children(grid, cfg.seeds, tmp_path, preset, **cfg.common)) == cfg.seeds * len(GRIDS[grid])
+
+def test_folders_from_before_the_newest_fields(tmp_path):
+    "An ablation and a child whose config.json is older than policy_steps, enc_lr_scale and eval_others."
+    import dataclasses
+    from tdmpc_opt_kit.checkpoint import RunFolder
+    old = lambda cfg: {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("policy_steps", "enc_lr_scale", "eval_others")}
+    run = RunFolder(tmp_path)
+    run.write_config(old(cfg := ablation_config("quick", grid="tiny")))
+    run.check_config(cfg, ("eval_others",))
+    child = make_children("tiny", 1, tmp_path, "quick", **cfg.common)[0]
+    assert child.cfg.policy_steps == 0 and child.cfg.enc_lr_scale == 0.3
+    RunFolder(child.path).write_config(old(child.cfg))
+    (child.path/"report.json").write_text('{"scores": {}}')
+    assert state(child) == "done"
+    assert state(make_children("tiny", 1, tmp_path, "quick", **cfg.common | dict(eval_others=True))[0]) == "done"  # It evaluated all of them then
+
+def test_more_can_be_evaluated_afterwards(tmp_path):
+    common = ablation_config("quick", grid="tiny").common
+    child, more = (make_children("tiny", 1, tmp_path, "quick", **common | dict(eval_others=v))[0] for v in (False, True))
+    from tdmpc_opt_kit.checkpoint import RunFolder
+    RunFolder(child.path).write_config(child.cfg)
+    (child.path/"report.json").write_text('{"scores": {}}')
+    assert [state(child), state(more)] == ["done", "begun"]
+    RunFolder(child.path).write_config(more.cfg)
+    assert [state(child), state(more)] == ["done", "done"]
+
 def test_papermill_gets_what_the_config_has(tmp_path):
     "The parameters on the command line, read as papermill reads them, give the child's own config."
     from papermill.cli import _resolve_type

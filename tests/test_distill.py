@@ -36,7 +36,8 @@ def training(home, out, cfg, resume=False, stop_at=None):
     "The training part of run_distill, as the notebook does it; `stop_at` interrupts as Ctrl-C would, between the student's update and the baseline's."
     run = RunFolder(out)
     state = begin_run(run, cfg, resume)
-    pair, sampler = Pair(cfg, load_teachers(home / "teachers")), Sampler(home / "store", TASKS, cfg.batch_size, cfg.horizon, cfg.balance, cfg.seed)
+    teachers = load_teachers(home / "teachers")
+    pair, sampler = Pair(cfg, teachers, teachers=teachers, store=Store(home / "store")), Sampler(home / "store", TASKS, cfg.batch_size, cfg.horizon, cfg.balance, cfg.seed)
     run.truncate_metrics(0 if state is None else state["step"])
     if state is not None:
         pair.load_state_dict(state["pair"])
@@ -77,10 +78,10 @@ def test_resumed_equals_uninterrupted(home, tmp_path, stop_at):
     assert numbers(run_whole) == numbers(run_parts)
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 6, 9])
-def test_resumed_equals_uninterrupted_where_the_policy_comes_first(home, tmp_path, stop_at):
+@pytest.mark.parametrize("stop_at, more", [(3, {}), (5, {}), (6, {}), (9, {}), (3, dict(latent_coef=1., relation_coef=1., other_coef=0.3)), (5, dict(latent_coef=1.)), (3, dict(task_scale=True, value_scale=True)), (4, dict(precision="bfloat16"))])
+def test_resumed_equals_uninterrupted_where_the_policy_comes_first(home, tmp_path, stop_at, more):
     "Stopped among the updates of the policy alone, at their last one, and behind them."
-    cfg = config(steps=6, policy_steps=5, lr_final=0.1)
+    cfg = config(steps=6, policy_steps=5, lr_final=0.1, **more)
     whole, run_whole = training(home, tmp_path / "whole", cfg)
     with pytest.raises(KeyboardInterrupt): training(home, tmp_path / "parts", cfg, stop_at=stop_at)
     assert RunFolder(tmp_path / "parts").last()["step"] == stop_at
@@ -90,6 +91,36 @@ def test_resumed_equals_uninterrupted_where_the_policy_comes_first(home, tmp_pat
     numbers = lambda run: [{k: v for k, v in r.items() if k != "updates_per_second"} for r in run.metrics()]
     assert numbers(run_whole) == numbers(run_parts)
     assert [(r["step"], r["agent"]) for r in numbers(run_whole)] == [(2, "student"), (4, "student"), *((k, a) for k in (6, 8, 10, 11) for a in ("student", "scratch"))]
+
+
+def test_baseline_and_student_share_their_rates(home):
+    "In each update of the whole model, wherever the policy's own updates end."
+    for kw in (dict(steps=8, policy_steps=3), dict(steps=4, policy_steps=9), dict(steps=7)):
+        pair, rates = Pair(config(lr=1e-3, lr_final=0.1, **kw), load_teachers(home / "teachers")), {}
+        for name, l in pair.learners.items():
+            rates[name] = []
+            for k in range(kw["steps"]):
+                l.step = k + (kw.get("policy_steps", 0) if name == "student" else 0)
+                l.set_rates()
+                rates[name].append(l.opt.param_groups[1]["lr"])
+        assert rates["student"] == pytest.approx(rates["scratch"], rel=1e-9) and rates["student"][-1] < rates["student"][0]
+
+
+def test_a_policy_alone_and_what_it_cannot_have():
+    cfg = config(steps=0, policy_steps=5, scratch=False, eval_planning="none")
+    assert cfg.updates == 5
+    for kw, word in ((dict(policy_steps=0), "leaves nothing to train"), (dict(recipe="paper"), "leaves nothing to train"), (dict(scratch=True), "scratch=False"), (dict(eval_planning="all"), "eval_planning=none")):
+        with pytest.raises(ConfigError, match=word): config(**(dict(steps=0, policy_steps=5, scratch=False, eval_planning="none") | kw))
+    with pytest.raises(ConfigError, match="policy_steps"): config(recipe="paper", policy_steps=-5)
+
+
+def test_batches_without_a_teacher_leave_the_policy_alone(home):
+    "Nothing moves where nobody teaches."
+    teachers, b = load_teachers(home / "teachers"), Sampler(home / "store", TASKS, 16).sample()
+    pair = Pair(config(steps=5, policy_steps=5, scratch=False), teachers)
+    before = [p.clone() for p in pair.models["student"].parameters()]
+    pair.update(b._replace(task=torch.zeros_like(b.task)))  # walker-stand has no teacher
+    assert all(torch.equal(p, q) for p, q in zip(pair.models["student"].parameters(), before))
 
 
 def test_an_update_of_the_policy_is_plain_imitation(home):
@@ -255,6 +286,19 @@ def papermill(out, **parameters):
     return json.loads((out/"run"/"report.json").read_text())
 
 
+def test_plans_are_those_that_were_asked_for(home, tmp_path):
+    "Whatever other runs wrote down beside the store, and wherever writing stopped."
+    import shutil
+    from tdmpc_opt_kit.distill import Supply
+    from tdmpc_opt_kit.teachers import annotate
+    shutil.copytree(home / "store", tmp_path / "store")
+    teachers, specs = load_teachers(home / "teachers"), task_set(TASKS)
+    supply = lambda n: Supply(config(plan_coef=1., plan_rows=n, batch_size=4), Store(tmp_path / "store"), teachers, specs, tmp_path, progress=False)
+    count = lambda s: len(s.labels.ids)
+    annotate(tmp_path / "store", teachers, "plan", "cup-catch", plan_rows=7, progress=False)  # Somebody stopped before the second task
+    assert [count(supply(n)) for n in (3, 9, 5)] == [6, 18, 10]
+
+
 def test_the_published_way(reference, tmp_path):
     "One multi-task teacher from upstream's file, upstream's chunks, no planning at the end."
     import shutil
@@ -288,11 +332,14 @@ def test_a_notebook_that_goes_on(home, tmp_path):
 def test_rounds_of_its_own_and_a_task_without_a_teacher(home, tmp_path):
     "The student's own episodes join the data halfway, and a run that crashed behind them goes on as if it had not."
     import shutil
-    kw = dict(teacher=home/"teachers", tasks=f"{TASKS},cup-spin", random_episodes=1, dagger_rounds=1, dagger_episodes=1, eval_planning="none", lr_final=0.5, save_every=100)
+    kw = dict(teacher=home/"teachers", tasks=f"{TASKS},cup-spin", random_episodes=1, dagger_rounds=1, dagger_episodes=1, policy_steps=2, steps=4, eval_planning="none", lr_final=0.5, save_every=100)
     (whole := tmp_path/"whole").mkdir()
     report = papermill(whole, **kw)
     assert report["tasks_without_teacher"] == ["cup-spin"] and report["dagger"] == dict(rounds=1, episodes=1, share=0.5)
     assert set(report["scores"]["teacher"]["policy"]["returns"]) == set(TASKS.split(",")) and len(report["scores"]["student"]["policy"]["returns"]) == 3
+    assert (report["train"]["steps"], report["train"]["policy_steps"]) == (4, 2) and "2 updates of encoder and policy alone, then 4 updates" in (whole/"run"/"student.md").read_text()
+    scored = [(r["step"], r["agent"]) for l in (whole/"run"/"metrics.jsonl").read_text().splitlines() if "score" in (r := json.loads(l))]
+    assert scored == [(k, a) for k in (0, 3, 6) for a in ("student", "scratch")]  # At 3 both have learned
     own = Store(whole/"run"/"rounds"/"1")
     assert [o["name"] for o in own.origins] == ["student, round 1"] and set(own.tasks) == {s.name for s in task_set(kw["tasks"])}
     shutil.copytree(whole/"run", (crashed := tmp_path/"crashed")/"run", symlinks=True)
