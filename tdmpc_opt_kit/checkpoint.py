@@ -437,7 +437,8 @@ def hash_weights(
     h,                # A hash from `hashlib`
     model:WorldModel, # Its target heads are left out, nobody asks them but training
 ):
-    "Feed a model's weights to a hash, by name."
+    "Feed a model's weights to a hash, by name, and how its layers round their inputs."
+    if model.inputs: h.update(json.dumps(model.inputs, sort_keys=True).encode())
     for k, v in model.state_dict().items():
         if k.startswith("target_"): continue
         h.update(k.encode())
