@@ -269,10 +269,3 @@ def test_the_notebook_is_interrupted_and_goes_on(tmp_path):
     run([*cmd, "-p", "resume", "True"], TDMPC_PRESET="tiny").check()
     report = json.loads((tmp_path/"run"/"report.json").read_text())
     assert len(report["rows"]) == 2 and not report["failed"] and ((tmp_path/"run"/"ablation.png").exists() or (tmp_path/"run"/"ablation.html").exists())
-
-
-def test_the_built_in_grids_fit_the_run():
-    "Every setting of every grid is one that run_distill takes, and no two are the same."
-    for grid, settings in GRIDS.items():
-        children = make_children(grid, 2, "runs/x", "quick")
-        assert len(children) == 2 * len(settings)

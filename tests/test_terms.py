@@ -345,4 +345,4 @@ def test_impossible_values(kw, word):
 
 
 def test_task_scale_needs_a_store(teachers):
-    with pytest.raises(ConfigError, match="task_scale needs the store"): Pair(config(task_scale=True), teachers)
+    with pytest.raises(ConfigError, match="need the store whose rewards"): Pair(config(task_scale=True), teachers)
