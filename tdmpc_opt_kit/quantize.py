@@ -45,16 +45,19 @@ class BFloat16Config:
 @dataclass(frozen=True)
 class Int8WeightOnlyConfig:
     "Weights in eight bits with a scale for each output channel; products in float."
+    sixteen:tuple=("encoder.0",)  # Layers, or networks, that stay in float16: this one is a fiftieth of the weights and does most of the damage
 
 @dataclass(frozen=True)
 class Int8DynamicConfig:
     "Those weights, and inputs rounded to eight bits with a scale for each row."
     exact:tuple=("encoder.0",)  # Layers, or networks, whose inputs stay as they are: observations have no common range
+    sixteen:tuple=("encoder.0",) # Weights, as above; the inputs of these stay as they are too
 
 @dataclass(frozen=True)
 class Int8StaticConfig:
     "Those weights, and inputs rounded to eight bits with a scale for each layer, found on stored states."
     exact:tuple=("encoder.0",)  # As above
+    sixteen:tuple=("encoder.0",)
     percentile:float=99.99      # Of the inputs' sizes that the scale reaches; what lies beyond is clipped
 
 @dataclass(frozen=True)
@@ -110,10 +113,13 @@ def _(model, c, batch): _float_(model, torch.bfloat16)
 
 @handles(Int8WeightOnlyConfig)
 def _(model, c, batch):
-    for n, p in weights_of(model).items(): _store_(model, n, quantize_tensor(p, 8))
+    _known(model, "sixteen", c.sixteen)
+    for n, p in weights_of(model).items():
+        if not _among(n, c.sixteen): _store_(model, n, quantize_tensor(p, 8))
 
 @handles(Int4WeightOnlyConfig)
 def _(model, c, batch):
+    _known(model, "eight", c.eight)
     for n, p in weights_of(model).items(): _store_(model, n, quantize_tensor(p, 8) if _among(n, c.eight) else quantize_tensor(p, 4, c.group))
 
 @handles(MixedConfig)
@@ -127,12 +133,16 @@ def _(model, c, batch):
 
 def _among(name:str, chosen) -> bool: return any(name == c or name.startswith(f"{c}.") for c in chosen)
 
+def _known(model, where:str, chosen):
+    "Raise `ConfigError` for exceptions that do not exist; a model of one task has no embedding, and may be told about it all the same."
+    layers = [n.removesuffix(".weight") for n in weights_of(model)]
+    for e in chosen:
+        if e != "task_emb" and not any(_among(n, [e]) for n in layers): raise ConfigError(f"{where}: there is no layer {e!r}; there are {', '.join(layers)}.{nearest(e, layers)}")
+
 def _rounding(model, c) -> list:
     "The layers whose inputs a config rounds; raises `ConfigError` for exceptions that do not exist."
-    layers = [n.removesuffix(".weight") for n in weights_of(model) if not n.startswith("task_emb")]
-    for e in c.exact:
-        if not any(_among(n, [e]) for n in layers): raise ConfigError(f"exact: there is no layer {e!r}; there are {', '.join(layers)}.{nearest(e, layers)}")
-    return [n for n in layers if not _among(n, c.exact)]
+    _known(model, "exact", c.exact)
+    return [n for n in (n.removesuffix(".weight") for n in weights_of(model)) if not n.startswith("task_emb") and not _among(n, (*c.exact, *c.sixteen))]
 
 @handles(Int8DynamicConfig)
 def _(model, c, batch):

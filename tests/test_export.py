@@ -110,7 +110,7 @@ def test_sizes_of_the_student(student, tmp_path):
         f = export(m, tmp_path / name, "light")
         assert (f / "weights.bin").stat().st_size < most and sum(x.stat().st_size for x in f.iterdir()) < most + 0.12e6
         p = export(policy_only(m), tmp_path / f"{name}-policy")
-        assert sum(x.stat().st_size for x in p.iterdir()) < acting and load(p).manifest["modes"] == ["policy"]
+        assert (p / "weights.bin").stat().st_size < acting and sum(x.stat().st_size for x in p.iterdir()) < acting + 0.03e6 and load(p).manifest["modes"] == ["policy"]
         assert np.array_equal(load(p).act(np.zeros(24), "walker-walk"), load(f, "policy").act(np.zeros(24), "walker-walk"))
 
 

@@ -43,7 +43,8 @@ def test_every_matrix_is_covered_and_files_give_it_back(tmp_path, name, size):
     m, b = copy.deepcopy(original), slices()
     c = quantize_(m, SCHEMES[name], b)
     if "int" in name:
-        assert set(c.quantized) == set(weights_of(m)) and all(".ln." in n or n.endswith(".bias") for n in c.left)
+        sixteen = {"encoder.0.weight"} if "int8" in name else set()
+        assert set(c.quantized) == set(weights_of(m)) - sixteen and all(".ln." in n or n.endswith(".bias") or n in sixteen for n in c.left)
     assert sum(r["numbers"] for r in c.rows) == original.num_params
     kept = torch.bfloat16 if name == "bf16" else torch.float16
     path = save_world_model(m, tmp_path / "q.safetensors", kept, include_target=False)
