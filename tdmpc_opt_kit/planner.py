@@ -52,7 +52,7 @@ class PlanConfig:
         if self.anchor and not self.num_pi_trajs: raise ConfigError("anchor measures the distance from the policy's candidates: num_pi_trajs must not be 0.")
         if self.temperature < 0: raise ConfigError(f"temperature must not be negative, not {self.temperature}.")
 
-PLAN_PRESETS = dict(published={}, anchored=dict(anchor=20.), light=dict(anchor=60., num_samples=128, num_elites=16, iterations=3), tiny=dict(iterations=2, num_samples=32, num_pi_trajs=4, num_elites=8))
+PLAN_PRESETS = dict(published={}, anchored=dict(anchor=20.), light=dict(anchor=60., num_samples=128, num_elites=16, iterations=3), reduced=dict(num_samples=128, num_elites=16, iterations=4), tiny=dict(iterations=2, num_samples=32, num_pi_trajs=4, num_elites=8))
 
 def plan_config(
     preset="published", # A name in `PLAN_PRESETS`, or a `PlanConfig`
