@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['serve_library', 'serve_plain', 'Worker', 'bench_engines', 'engine_table']
 
-# %% ../nbs/44_engines.ipynb #60643893
-import copy, json, os, statistics, subprocess, sys, tempfile, time
+# %% ../nbs/44_engines.ipynb #602399cf
+import contextlib, copy, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +88,16 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from runtime import load
 agent = load(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-names = [t["name"] for t in agent.manifest["tasks"]]
+names, dims = zip(*((t["name"], t["obs_dim"]) for t in agent.manifest["tasks"]))
 rng = np.random.default_rng(0)
 obs = rng.standard_normal((64, agent.obs_dim)).astype(np.float32)
-for k in range(20): agent.act(obs[k], names[k % len(names)])
+for k in range(20): agent.act(obs[k, :dims[k % len(names)]], names[k % len(names)])
 print("ready", flush=True)
 for line in sys.stdin:
     n, times = int(line), []
     for k in range(n):
         t0 = time.perf_counter()
-        agent.act(obs[k % 64], names[k // 8 % len(names)])
+        agent.act(obs[k % 64, :dims[k // 8 % len(names)]], names[k // 8 % len(names)])
         times.append(1e3 * (time.perf_counter() - t0))
     if not n:
         try: times = next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
@@ -115,27 +115,36 @@ class Worker:
         self.log = tempfile.TemporaryFile("w+")
         self.p = subprocess.Popen([str(a) for a in args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
 
-    def _line(self) -> str:
-        line = self.p.stdout.readline()
-        if line: return line
+    def _ended(self):
         self.log.seek(0)
-        raise RuntimeError(f"An engine's process ended: {self.log.read()[-1500:]}")
+        return RuntimeError(f"An engine's process ended: {self.log.read()[-1500:]}")
+
+    def _line(self) -> str:
+        if line := self.p.stdout.readline(): return line
+        raise self._ended()
 
     def ready(self):
         while self._line().strip() != "ready": pass
 
     def ask(self, n:int):
         "Times of n decisions in ms; with 0 the process's memory in MB."
-        self.p.stdin.write(f"{n}\n")
-        self.p.stdin.flush()
+        try:
+            self.p.stdin.write(f"{n}\n")
+            self.p.stdin.flush()
+        except OSError: raise self._ended() from None
         return json.loads(self._line())
 
     def close(self):
-        self.p.stdin.close()
-        try: self.p.wait(10)
-        except subprocess.TimeoutExpired: self.p.kill()
-        self.p.stdout.close()
-        self.log.close()
+        try: self.p.stdin.close()
+        except OSError: pass
+        try: self.p.wait(2)
+        except BaseException as e:
+            self.p.kill()
+            self.p.wait()
+            if not isinstance(e, subprocess.TimeoutExpired): raise
+        finally:
+            self.p.stdout.close()
+            self.log.close()
 
 # %% ../nbs/44_engines.ipynb #4b98ac37
 def _library(what, path, mode, precision, threads, plan) -> list:
@@ -160,6 +169,7 @@ def bench_engines(
     "Single decisions by every engine, in turns."
     for s in schemes:
         if s not in ("float32", *SCHEMES): raise ConfigError(f"schemes: there is no scheme {s!r}; there are float32, {', '.join(SCHEMES)}.{nearest(s, ['float32', *SCHEMES])}")
+    if decisions < 1 or turns < 1: raise ConfigError(f"decisions and turns must be at least 1, not {decisions} and {turns}.")
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         tmp, folders = Path(tmp), {}
@@ -179,15 +189,16 @@ def bench_engines(
 
 # %% ../nbs/44_engines.ipynb #ca18b71a
 def _in_turns(jobs, mode, threads, decisions, turns, progress) -> list:
-    workers = {name: Worker(args, threads) for name, (args, _) in jobs.items()}
-    try:
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, (args, _) in jobs.items():
+            workers[name] = w = Worker(args, threads)
+            stack.callback(w.close)
         for w in workers.values(): w.ready()
         times = {name: [] for name in jobs}
         for _ in tqdm(range(turns), desc=f"{mode}, {threads} thread(s)", disable=not progress):
             for name, w in workers.items(): times[name] += w.ask(-(-decisions // turns))
         memory = {name: w.ask(0) for name, w in workers.items()}
-    finally:
-        for w in workers.values(): w.close()
     base = statistics.median(times["plain baseline"])
     size = lambda f: _folder_bytes(f, mode) if Path(f).is_dir() else Path(f).stat().st_size
     return [dict(engine=name, what=mode, threads=threads, p50=float(np.median(t)), p99=float(np.quantile(t, 0.99)), rate=1e3 / float(np.mean(t)), decisions=len(t), memory_mb=memory[name],

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from .checkpoint import jsonable
 from .config import ConfigError, versions
 from .planner import PlanConfig, PlanNoise, draw_heads, draw_noise, plan, plan_config, _embedding
 from .runtime import FORMAT, VERSION, load
@@ -197,7 +198,9 @@ def rounded(self:Layers,
     g, scale, name = self.g, self.inputs[layer], f"{layer}.weight"
     q = self.model.quantized.get(name)
     if q is None or q.bits != 8 or q.num_groups != 1: raise ConfigError(f"{layer} rounds its inputs, so its weights need eight bits and a scale for each output.")
-    if scale is not None: s, xi = g.const(scale, np.float32), g.op("QuantizeLinear", x, g.const(scale, np.float32), g.const(0, np.int8))
+    if scale is not None:
+        s, x = g.const(scale, np.float32), g.op("Clip", x, g.const(-127 * scale, np.float32), g.const(127 * scale, np.float32))  # The library has no -128
+        xi = g.op("QuantizeLinear", x, s, g.const(0, np.int8))
     else:
         s = g.op("Div", g.op("Max", g.op("ReduceMax", g.op("Abs", x), g.ints(1), keepdims=1), g.const(1e-12, np.float32)), g.const(127, np.float32))
         xi = g.op("Cast", g.op("Round", g.op("Div", x, s)), to=3)
@@ -457,11 +460,19 @@ def _prepared(model) -> WorldModel:
 
 def _manifest(model, cfg, scheme, scores, origin, files) -> dict:
     c = asdict(model.cfg)
-    return dict(format=FORMAT, version=VERSION, scheme=scheme, quantized=model.scheme, modes=["policy", "plan"] if model.imagines else ["policy"],
+    m = dict(format=FORMAT, version=VERSION, scheme=scheme, quantized=model.scheme, modes=["policy", "plan"] if model.imagines else ["policy"],
         model=dict(size=c["size"], num_params=sum(p.numel() for n, p in model.named_parameters() if not n.startswith("target_")), obs_dim=c["obs_dim"], action_dim=c["action_dim"], num_q=c["num_q"]),
         tasks=[dict(name=t.name, index=i, obs_dim=t.obs_dim, action_dim=t.action_dim) for i, t in enumerate(task_set(list(model.tasks)))],
         planner=asdict(cfg) | dict(num_q=c["num_q"]), opset=OPSET, scores=scores or {}, origin=origin, versions={k: v for k, v in versions().items() if k in ("tdmpc_opt_kit", "torch")},
         files={f.name: dict(bytes=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest()) for f in files})
+    m = json.loads(json.dumps(jsonable(m)))
+    return m | dict(sha256=runtime.manifest_hash(m))
+
+def _ours(folder) -> bool:
+    "Is a folder an artifact and nothing more?"
+    try: m = json.loads((folder/"manifest.json").read_text())
+    except (OSError, ValueError): return False
+    return isinstance(m, dict) and m.get("format") == FORMAT and {p.name for p in folder.iterdir()} <= {*m.get("files", ()), "manifest.json", "__pycache__"}
 
 # %% ../nbs/32_export.ipynb #258ab9b3
 def export(
@@ -472,8 +483,8 @@ def export(
     origin:str="",      # In words
 ) -> Path:              # The folder
     "Write an artifact; raises `ConfigError` for a folder that holds something else, and leaves it alone."
-    folder, cfg = Path(folder).expanduser(), plan if isinstance(plan, PlanConfig) else plan_config(plan)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder/"manifest.json").exists()): raise ConfigError(f"{folder}: holds something that is no artifact; choose another folder.")
+    folder, cfg = Path(folder).expanduser().resolve(), plan_config(plan, precision="float32")  # A graph computes in float32, whatever the library was told
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not _ours(folder)): raise ConfigError(f"{folder}: holds something that is no artifact; choose another folder, or take it out.")
     try: import onnx
     except ImportError: raise ConfigError("Export needs the package onnx: pip install onnx onnxruntime") from None
     m = _prepared(model)
@@ -489,8 +500,13 @@ def export(
         for g in graphs: onnx.checker.check_model(str(new/f"{g.name}.onnx"))
         scheme = m.scheme["name"] if m.scheme else "Float32"
         (new/"manifest.json").write_text(json.dumps(_manifest(m, cfg, scheme, scores, origin, sorted(new.iterdir())), indent=1) + "\n")
-        if folder.exists(): os.replace(folder, Path(tmp)/"old")
-        os.replace(new, folder)
+        old = Path(tmp)/"old"
+        try:
+            if folder.exists(): os.replace(folder, old)
+            os.replace(new, folder)
+        except BaseException:
+            if old.exists() and not folder.exists(): os.replace(old, folder)
+            raise
     return folder
 
 # %% ../nbs/32_export.ipynb #ce08b7a2
@@ -510,7 +526,7 @@ def agreement(
     plans:bool=True,   # Plan too?
     seed:int=0,        # Of the noise
     at_once:int=50,    # Pairs a call
-) -> dict:             # policy: largest difference of its actions; value: of candidates' values, relative to the largest; mean, action: of each pair's plan `[B]`; rounds: is each of its rounds explained `[B]`?
+) -> dict:             # policy: largest difference of its actions; value: of candidates' values, relative to the largest; mean, action: of each pair's plan `[B]`; rounds: is each of its rounds explained `[B]`; pieces: largest difference between plan.onnx and the same plan by start.onnx and round.onnx
     "How far an artifact is from the library."
     p = runtime.read_manifest(folder)["planner"]
     cfg, gen = PlanConfig(**{k: v for k, v in p.items() if k != "num_q"}), torch.Generator().manual_seed(seed)
@@ -521,7 +537,7 @@ def agreement(
         return dict(zip([o.name for o in s[name].get_outputs()], s[name].run(None, {k: np.asarray(v) for k, v in given.items() if k in takes})))
     out = dict(policy=float(np.abs(ask("policy", obs=obs, task=task)["action"] - model.pi_params(model.encode(obs, task), task)[0].tanh().numpy()).max()))
     if len(names) == 1: return out
-    worst, means, actions, exact = 0., [], [], []
+    worst, pieces, means, actions, exact = 0., 0., [], [], []
     for o, t in zip(obs.split(at_once), task.split(at_once)):
         noise = draw_noise(cfg, len(o), model.cfg.action_dim, gen)._replace(heads=draw_heads(model.cfg.num_q, cfg.iterations, gen))
         pick = torch.rand(len(o), generator=gen)
@@ -534,12 +550,16 @@ def agreement(
         means.append(np.abs(got["next_mean"] - state.mean.numpy()).max((1, 2)))
         actions.append(np.abs(got["action"] - meant.numpy()).max(1))
         begun, mean, std = ask("start", **common), torch.zeros_like(state.mean), torch.full_like(state.mean, cfg.max_std)
-        fine = np.ones(len(o), bool)
+        fine, m, sd = np.ones(len(o), bool), np.zeros_like(state.mean), np.full_like(state.mean, cfg.max_std)
+        for i in range(cfg.iterations):  # The plan in pieces
+            r = ask("round", **common, **begun, mean=m, std=sd, samples=noise.samples[:, i], value_noise=noise.value[:, i], heads=heads[i])
+            m, sd = r["next_mean"], r["next_std"]
+        pieces = max(pieces, float(np.abs(m - got["next_mean"]).max()), float(np.abs(r["action"] - got["action"]).max()))
         for i in range(cfg.iterations):
             r, v = ask("round", **common, **begun, mean=mean, std=std, samples=noise.samples[:, i], value_noise=noise.value[:, i], heads=heads[i]), info.values[:, i]
             off, mean, std = np.abs(r["values"] - v.numpy()).max(1), info.mean[:, i], info.std[:, i]
             worst, ranked = max(worst, float(off.max() / v.abs().max())), v.sort(descending=True)[0]
             gap = (ranked[:, cfg.num_elites - 1] - ranked[:, cfg.num_elites]).numpy() if cfg.num_elites < cfg.num_samples else np.inf
-            fine &= (gap <= 2 * off) | (np.abs(r["next_mean"] - mean.numpy()).max((1, 2)) <= 1e-5 + 2 * cfg.temperature * off)
+            fine &= (gap <= 2 * off) | (np.abs(r["next_mean"] - mean.numpy()).max((1, 2)) <= 1e-5 + np.minimum(2 * cfg.temperature * off, 1e-2))
         exact.append(fine)
-    return out | dict(value=worst, mean=np.concatenate(means), action=np.concatenate(actions), rounds=np.concatenate(exact))
+    return out | dict(value=worst, pieces=pieces, mean=np.concatenate(means), action=np.concatenate(actions), rounds=np.concatenate(exact))

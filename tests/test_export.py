@@ -3,11 +3,13 @@ import ast
 import copy
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import venv
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,7 +59,7 @@ def make(num_q=2, task_dim=8, tasks="cup-catch,walker-walk,reacher-easy", seed=0
 # ---------------------------------------------------------------- the library's answers
 
 def close(far):
-    assert far["policy"] < 1e-4 and far["value"] < 1e-4 and far["rounds"].all()
+    assert far["policy"] < 1e-4 and far["value"] < 1e-4 and far["rounds"].all() and far["pieces"] < 1e-5
     assert np.median(far["mean"]) < 1e-4 and np.median(far["action"]) < 1e-4  # Others have kept another of two elites that are equal to the last digits
 
 
@@ -119,6 +121,7 @@ def test_sizes_of_the_student(student, tmp_path):
 def test_batches_seeds_and_warm_starts(artifact, student):
     obs, names = np.random.default_rng(0).standard_normal((5, 24)).astype(np.float32), [student.tasks[k] for k in (0, 3, 7, 3, 1)]
     policy = load(artifact, "policy")
+    for o, n in zip(obs, names): o[policy.tasks[n]["obs_dim"]:] = 0
     together = policy.act(obs, names)
     for k, n in enumerate(names):
         t = policy.tasks[n]
@@ -164,28 +167,43 @@ def test_a_budget_is_kept(artifact, monkeypatch, budget, rounds):
             return real.run(*args)
         a._graphs[name] = SimpleNamespace(run=run, get_inputs=real.get_inputs, get_outputs=real.get_outputs)
     slow("start", 2), slow("round", 10), slow("policy", 0.1)
-    obs = np.full(24, 0.1)
-    a.act(obs, "walker-walk")  # It has to know how long a round takes
+    obs, a.costs = np.full(24, 0.1), runtime.Costs()
+    a.act(obs, "walker-walk")  # As `load` does: it has to know what things cost
     a.reset()
     got = a.act(obs, "walker-walk", budget)
     assert a.info["rounds"] == rounds and (budget is None or a.info["ms"] <= budget)
     if not rounds: assert np.array_equal(got, load(artifact, "policy").act(obs, "walker-walk"))
 
 
-def test_a_budget_that_was_missed_once_is_tried_again(artifact, monkeypatch):
-    clock, a, ms = Clock(), load(artifact, "plan"), [100]
+def test_a_hiccup_is_forgotten_and_a_budget_that_is_never_enough_not_tried(artifact, monkeypatch):
+    clock, a, ms, runs = Clock(), load(artifact, "plan"), [2], [0]
     monkeypatch.setattr(runtime, "time", clock)
     real = a._graphs["round"]
     def run(*args):
         clock.now += ms[0] / 1000
+        runs[0] += 1
         return real.run(*args)
-    a._graphs["round"] = SimpleNamespace(run=run, get_inputs=real.get_inputs)
+    a._graphs["round"], a.costs = SimpleNamespace(run=run, get_inputs=real.get_inputs), runtime.Costs()
     obs, got = np.full(24, 0.1), []
-    for k in range(40):
-        if k: ms[0] = 2
-        a.act(obs, "walker-walk", 20)
+    for k in range(8):
+        ms[0] = 100 if k == 3 else 2
+        a.act(obs, "walker-walk", 20 if k else None)
         got.append(a.info["rounds"])
-    assert got[1] == 0 and got[-1] == 3
+    assert got == [3, 3, 3, 1, 0, 3, 3, 3]
+    runs[0] = 0
+    for _ in range(30): a.act(obs, "walker-walk", 1.5)
+    assert runs[0] == 0 and a.info["rounds"] == 0
+    b = load(artifact, "plan")  # It knows from loading what a plan costs, of a batch too
+    b.act(obs, "walker-walk", 1e-3)
+    assert b.info["rounds"] == 0 and not b.costs.seen.get(("round", 4)) and b.costs.of("round", 4) == 4 * b.costs.of("round", 1) > 0
+
+
+def test_episodes_of_a_batch_start_one_by_one(artifact):
+    a, seen = load(artifact, "plan"), []
+    real = a._graphs["round"]
+    a._graphs["round"] = SimpleNamespace(run=lambda names, feed: seen.append(feed["mean"].copy()) or real.run(names, feed), get_inputs=real.get_inputs)
+    for first in (False, [False, True, False]): a.act(np.ones((3, 24)), "walker-walk", first=first)
+    assert seen[3][0].any() and not seen[3][1].any() and seen[3][2].any()
 
 
 # ---------------------------------------------------------------- without torch
@@ -282,6 +300,17 @@ def test_describing_and_timing_from_a_shell(bare, artifact):
     assert r.returncode == 0 and "policy, 1 thread(s), 5 decisions: p50" in r.stdout and "3 rounds" in r.stdout, r.stderr
     r = subprocess.run([bare, artifact / "runtime.py", artifact / "nothing"], capture_output=True, text=True, timeout=120)
     assert r.returncode == 1 and r.stderr.startswith("runtime: ") and "there is no such file" in r.stderr
+    r = subprocess.run([bare, artifact / "runtime.py", "--decisions", "0"], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 1 and "decisions must be" in r.stderr
+
+
+def test_an_engine_that_dies_says_why():
+    from tdmpc_opt_kit.engines import Worker
+    w = Worker([sys.executable, "-c", "import sys; print('ready', flush=True); sys.exit('the reason')"], 1)
+    w.ready()
+    w.p.wait(20)
+    with pytest.raises(RuntimeError, match="the reason"): w.ask(3)
+    w.close()
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -307,7 +336,8 @@ def test_graphs_that_onnxruntime_cannot_open(copied):
     with pytest.raises(ArtifactError, match="policy.onnx: onnxruntime .* does not open it"): load(copied, check=False)
 
 
-@pytest.mark.parametrize("change, says", [(lambda m: m.update(version=7), "version 7"), (lambda m: m.update(format="x"), "not a manifest"), (lambda m: m.pop("tasks"), "no 'tasks'"), (None, "damaged")])
+@pytest.mark.parametrize("change, says", [(lambda m: m.update(version=7), "version 7"), (lambda m: m.update(format="x"), "not a manifest"), (lambda m: m.pop("tasks"), "damaged or edited"),
+    (lambda m: m["tasks"][1].update(index=2), "damaged or edited"), (lambda m: m.update(files={}), "damaged or edited"), (None, "damaged")])
 def test_manifests(copied, change, says):
     path = copied / "manifest.json"
     if change is None: path.write_text(path.read_text()[:100])
@@ -321,6 +351,9 @@ def test_manifests(copied, change, says):
 @pytest.mark.parametrize("obs, task, kw, says", [
     (np.zeros(7), "walker-walk", {}, "has 24 numbers"), (np.zeros((2, 2, 24)), "walker-walk", {}, r"\[O\] or \[B, O\]"), (np.zeros(24), "walker-wlak", {}, "no task 'walker-wlak'"),
     (np.zeros(24), 77, {}, "no task 77"), (np.full(24, np.nan), "walker-walk", {}, "NaN"), ("up", "walker-walk", {}, "no array of numbers"), (np.zeros((3, 24)), ["walker-walk"] * 2, {}, "3 observations and 2 tasks"),
+    (np.ones(24), "pendulum-swingup", {}, "another task's"), (np.zeros(24), True, {}, "no task True"), (np.zeros(24), 1.5, {}, "no task 1.5"), (np.zeros((2, 24)), np.eye(2), {}, "array of shape"),
+    (np.zeros((2, 24)), ["walker-walk", None], {}, "no task None"), ([10**400] * 24, "walker-walk", {}, "no array of numbers"), (np.zeros(24, complex), "walker-walk", {}, "real numbers"),
+    (np.full(24, 3.4e38), "walker-walk", {}, "answers NaN"), (np.zeros(24), "walker-walk", dict(budget_ms=True), "budget_ms"),
     (np.zeros(24), "walker-walk", dict(budget_ms=0), "budget_ms must be a positive number"), (np.zeros(24), "walker-walk", dict(budget_ms="5"), "budget_ms")])
 def test_wrong_questions(artifact, obs, task, kw, says):
     for mode in ("policy", "plan"):
@@ -331,9 +364,19 @@ def test_wrong_ways_to_load(artifact):
     with pytest.raises(ArtifactError, match="there is no mode 'dream'"): load(artifact, "dream")
     with pytest.raises(ArtifactError, match="threads"): load(artifact, threads=0)
     with pytest.raises(ArtifactError, match="no such file"): load(artifact / "x")
+    with pytest.raises(ArtifactError, match="folder is needed"): load(None)
+    with pytest.raises(ArtifactError, match="seed"): load(artifact, seed=-1)
 
 
-def test_nothing_that_was_there_is_lost(tmp_path):
+def test_numbers_of_any_kind_and_a_bad_reading_that_is_over(artifact):
+    a = load(artifact, "plan", np.int64(1))
+    want = load(artifact, "plan").act(np.ones(24), "walker-walk")
+    assert np.array_equal(a.act([1] * 24, a.tasks["walker-walk"]["index"], np.float32(1e6)), want)
+    with pytest.raises(ArtifactError, match="answers NaN"): a.act(np.full(24, 3.4e38), np.int64(a.tasks["walker-walk"]["index"]))
+    assert np.isfinite(a.act(np.ones(24), "walker-walk")).all()
+
+
+def test_nothing_that_was_there_is_lost(tmp_path, monkeypatch):
     m = make()
     f = export(m, tmp_path / "a", "tiny")
     before = (f / "weights.bin").read_bytes()
@@ -351,4 +394,40 @@ def test_nothing_that_was_there_is_lost(tmp_path):
     broken = make()
     broken.inputs = {"dynamics.0": None}  # Rounds its inputs, but its weights are floats
     with pytest.raises(ConfigError, match="eight bits"): export(broken, f, "tiny")
-    assert json.loads((f / "manifest.json").read_text()) == whole
+    real = os.replace
+    def fails(a, b):
+        if Path(b) == f and "old" not in str(a): raise PermissionError("no")
+        return real(a, b)
+    monkeypatch.setattr("tdmpc_opt_kit.export.os.replace", fails)
+    with pytest.raises(PermissionError): export(make(seed=3), f, "tiny")
+    monkeypatch.undo()
+    assert json.loads((f / "manifest.json").read_text()) == whole and load(f) and not list(tmp_path.glob(".a*"))
+    (f / "notes.md").write_text("mine")  # Somebody's own file beside it, and a manifest of somebody else
+    with pytest.raises(ConfigError, match="no artifact"): export(m, f, "tiny")
+    (tmp_path / "thesis" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no artifact"): export(m, tmp_path / "thesis")
+    assert (f / "notes.md").exists() and (tmp_path / "thesis" / "thesis.tex").exists()
+
+
+def test_what_the_manifest_says(tmp_path):
+    f = export(make(), tmp_path / "a", PlanConfig(2, 2, 32, 4, 8, precision="bfloat16"), dict(policy=np.float32(3), other=float("nan")))
+    m = runtime.read_manifest(f)
+    assert m["planner"]["precision"] == "float32" and m["scores"] == {"policy": 3.0, "other": None} and m["scheme"] == "Float32" and m["opset"] == 21
+
+
+def test_static_inputs_are_clipped_as_in_the_library(tmp_path):
+    m, g = make(), torch.Generator().manual_seed(0)
+    quantize_(m, SCHEMES["int8_static"], Batch(torch.randn(3, 64, 24, generator=g), torch.rand(2, 64, 6, generator=g) * 0.2 - 0.1, torch.zeros(2, 64, 1), torch.arange(64) % 3, torch.zeros(64, dtype=torch.long)))
+    from tdmpc_opt_kit.export import Graph, Layers, model_weights
+    import onnxruntime as ort
+    g = Graph("g", model_weights(m))
+    L = Layers(m, g, g.arg("task", "INT64", "B"))
+    z, a = g.arg("z", "FLOAT", "B", 1, 16), g.arg("a", "FLOAT", "B", 1, 6)
+    g.give("y", L.mlp("dynamics", z, a), "B", 1, 16)
+    (tmp_path / "weights.bin").write_bytes(g.weights.data)
+    (tmp_path / "g.onnx").write_bytes(g.proto().SerializeToString())
+    zs, task = torch.rand(60, 16), torch.arange(60) % 3
+    for sign in (1., -1.):
+        acts = torch.full((60, 6), sign)
+        got = ort.InferenceSession(tmp_path / "g.onnx").run(None, dict(task=task.numpy(), z=zs[:, None].numpy(), a=acts[:, None].numpy()))[0][:, 0]
+        assert np.median(np.abs(got - m.next(zs, acts, task).detach().numpy()).max(1)) < 1e-5
