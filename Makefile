@@ -43,7 +43,7 @@ bench: setup ## time plan, policy, update and sampling on this machine, beside a
 	@echo "Done; the table and the figure are in the newest runs/benchmark-* folder."
 
 lab: setup  ## JupyterLab on the notebooks
-	@cd "$(ROOT)" && $(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs \
+	@cd "$(ROOT)" && $(PY) -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/00_start_here.ipynb \
 	    $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
 
 clean:      ## remove caches (runs/ and .venv stay)

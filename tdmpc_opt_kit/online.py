@@ -252,6 +252,7 @@ def train_teacher(
     progress:bool=True,  # Show a bar?
     make=Teaching,       # What a config becomes, for another way to learn
     seconds_most:float=math.inf, # Save and stop after so much time of this call
+    on_line=None,        # (line, or a function that makes one; is it an evaluation's?) -> None, for who draws while it learns
 ) -> dict:               # The report: best evaluation, curve, seconds
     "Train a teacher in the simulator and leave its best policy's checkpoint in the run folder."
     from tqdm import tqdm
@@ -270,6 +271,7 @@ def train_teacher(
             before = t.decisions
             with interrupts() as asked: stats = t.turn() or stats
             bar.update(t.decisions - before)
+            if on_line and stats: on_line(lambda: dict(step=t.learner.step, decisions=t.decisions) | {k: float(v) for k, v in stats.items()}, False)
             if asked:
                 if t.learner.step: run.save(t.learner.step, now(time.perf_counter() - t0))
                 raise KeyboardInterrupt
@@ -280,6 +282,7 @@ def train_teacher(
             mean = float(np.mean(list(returns.values())))
             line = dict(step=t.learner.step, decisions=t.decisions, seconds=time.perf_counter() - t0, mean_return=mean, returns=returns) | {k: float(v) for k, v in stats.items()}
             run.log(line)
+            if on_line: on_line(line, True)
             bar.set_postfix(mean_return=f"{mean:.0f}", best=f"{max(best, mean):.0f}")
             if mean > best:
                 best = mean

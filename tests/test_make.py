@@ -255,10 +255,10 @@ def test_distill_stops_at_an_unknown_parameter(clone):
 
 def test_lab(clone):
     "JupyterLab comes up with the notebooks in sight, and ends when told to."
-    url, seen = r"http://127\.0\.0\.1:\d+/lab/tree/nbs\?token=\w+", []
+    url, seen = r"http://127\.0\.0\.1:\d+/lab/tree/nbs/00_start_here\.ipynb\?token=\w+", []
     def look(text):
         if not (m := re.search(url, text)): return False
-        base, token = m[0].split("/lab/tree/nbs?token=")
+        base, token = m[0].split("/lab/tree/nbs/00_start_here.ipynb?token=")
         listing = json.load(urllib.request.urlopen(f"{base}/api/contents/nbs?token={token}", timeout=30))
         seen.extend(f["name"] for f in listing["content"])
         return True

@@ -7,8 +7,9 @@ import pytest, setuptools
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 NBS = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"nbs").glob("*.ipynb")) if not p.name.startswith(("_", "."))}
-LIBRARY = [n for n in NBS if n[0].isdigit()]
-RUNNABLE = [n for n in NBS if n.startswith(("run_", "explore_"))]
+START = "00_start_here"  # The front door: first in the list of files, and no module
+LIBRARY = [n for n in NBS if n[0].isdigit() and n != START]
+RUNNABLE = [n for n in NBS if n.startswith(("run_", "explore_")) or n == START]
 each = lambda names: pytest.mark.parametrize("name", names)
 
 def source(cell): return "".join(cell["source"])
@@ -150,7 +151,7 @@ def test_structure(name):
         assert re.fullmatch(r"\d\d_[a-z0-9_]+", name) and module_of(name) == name[3:], "default_exp is the name without its number"
         assert any(re.match(r"#\|\s*export\b", source(c)) for c in code(name)), "a library notebook exports something"
     else:
-        assert re.fullmatch(r"(run|explore)_[a-z0-9_]+", name), "numbered, run_ or explore_"
+        assert name == START or re.fullmatch(r"(run|explore)_[a-z0-9_]+", name), "numbered, run_ or explore_"
         assert module_of(name) is None and not any(re.match(r"#\|\s*export\b", source(c)) for c in code(name))
     assert nb["nbformat"] == 4 and nb["metadata"]["kernelspec"]["name"] == "python3"
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) <= 1
