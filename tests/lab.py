@@ -120,22 +120,33 @@ class Page:
         "The file browser takes a quarter of a narrow window."
         if self.page.locator("#jp-left-stack:visible").count(): self.page.keyboard.press("Control+b")
 
-    def run_all(self, timeout):
-        "Run every cell, and wait until the kernel is idle; fails with the traceback of a cell that failed."
+    def start_all(self):
+        "Begin to run every cell."
         p = self.page
         p.locator(".jp-Cell").first.click()
         p.keyboard.press("Escape")
         p.click("li.lm-MenuBar-item:has-text('Run')")
         p.click("li[data-command='runmenu:run-all']")
+
+    def busy(self) -> bool:
+        "Is a cell running or waiting? Fails with the traceback of a cell that failed."
+        p = self.page
+        if said := p.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").all_text_contents():
+            if any("Traceback" in s for s in said): pytest.fail(f"{self.name}: a cell failed:\n{''.join(said)[-3000:]}")
+        return bool(p.locator(".jp-Notebook-ExecutionIndicator[data-status=busy]").count() or p.locator(".jp-InputPrompt:has-text('[*]')").count())
+
+    def wait_idle(self, timeout=SLOW):
+        "Until every cell has run."
         end, quiet = time.monotonic() + timeout, 0
         while quiet < 4:  # Idle between two cells is not the end
             time.sleep(0.25)
-            if said := p.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").all_text_contents():
-                if any("Traceback" in s for s in said): pytest.fail(f"{self.name}: a cell failed:\n{''.join(said)[-3000:]}")
-            busy = p.locator(".jp-Notebook-ExecutionIndicator[data-status=busy]").count()
-            waiting = p.locator(".jp-InputPrompt:has-text('[*]')").count()
-            quiet = 0 if busy or waiting else quiet + 1
+            quiet = 0 if self.busy() else quiet + 1
             if time.monotonic() > end: pytest.fail(f"{self.name}: still running after {timeout:.0f} s; see {self.shot('timeout')}")
+
+    def run_all(self, timeout):
+        "Run every cell, and wait until the kernel is idle."
+        self.start_all()
+        self.wait_idle(timeout)
 
     def shot(self, what="") -> Path:
         "A screenshot of the window, kept."

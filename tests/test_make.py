@@ -237,6 +237,15 @@ def test_distill(distilled):
     for f in ("run_distill.ipynb", "config.json", "versions.json", "metrics.jsonl", "report.json", "checkpoints"): assert (folder/f).exists(), f
     assert json.loads((folder/"config.json").read_text())["seed"] == 3
 
+def test_distill_leaves_pictures(distilled):
+    "Under papermill the curves are pictures, the film is in the notebook, and it can be sent by mail."
+    path = distilled[0]/"run_distill.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    kinds = [k for c in nb["cells"] for o in c.get("outputs", []) for k in o.get("data", {})]
+    assert kinds.count("image/png") >= 3 and "application/vnd.jupyter.widget-view+json" not in kinds
+    assert "<video" in path.read_text(encoding="utf-8") and "widgets" not in nb["metadata"]
+    assert path.stat().st_size < 2_000_000
+
 def test_distill_report(distilled):
     "The keys that others read: each agent and mode has its numbers, or is null with a reason."
     report = json.loads((distilled[0]/"report.json").read_text())
