@@ -251,7 +251,7 @@ def plain_layers_on() -> bool:
 
 def _fusable(x:Tensor, emb, net, layers) -> bool:
     "Is everything as the kernels expect it: float32 on the CPU, in one piece, of whole vectors, with the activations they know?"
-    ok = lambda t: t is None or t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() > 0
+    ok = lambda t: t is None or type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() > 0
     if plain_layers_on() or not 2 <= len(layers) <= 8 or any(l._forward_pre_hooks for l in net): return False  # A hook rounds inputs
     if not (x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and ok(emb) and all(ok(t) for l in layers for t in l)): return False
     if not isinstance(net, Ensemble) and any(getattr(l, "act", None) is not (F.mish if i < len(net) - 1 else simnorm if hasattr(l, "act") else None) for i, l in enumerate(net)): return False

@@ -52,7 +52,7 @@ class PlanConfig:
         if self.anchor and not self.num_pi_trajs: raise ConfigError("anchor measures the distance from the policy's candidates: num_pi_trajs must not be 0.")
         if self.temperature < 0: raise ConfigError(f"temperature must not be negative, not {self.temperature}.")
 
-PLAN_PRESETS = dict(published={}, anchored=dict(anchor=20.), light=dict(anchor=60., num_samples=128, num_elites=16, iterations=3), reduced=dict(num_samples=128, num_elites=16, iterations=4), tiny=dict(iterations=2, num_samples=32, num_pi_trajs=4, num_elites=8))
+PLAN_PRESETS = dict(published={}, fast=dict(precision="mixed"), anchored=dict(anchor=20.), light=dict(anchor=60., num_samples=128, num_elites=16, iterations=3), reduced=dict(num_samples=128, num_elites=16, iterations=4), tiny=dict(iterations=2, num_samples=32, num_pi_trajs=4, num_elites=8))
 
 def plan_config(
     preset="published", # A name in `PLAN_PRESETS`, or a `PlanConfig`
@@ -244,7 +244,8 @@ def has_kernels(
 ) -> bool:
     "Does `packed` take this model: float32 on the CPU, layers that take their inputs as they are, and a compiler there?"
     w, c = model.encoder[0].weight, model.cfg
-    return model.inputs is None and w.device.type == "cpu" and w.dtype == torch.float32 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
+    plain = all(type(net[0].weight) is torch.nn.Parameter for net in (model.encoder, model.dynamics, model.reward_head, model.pi_head) if net is not None)
+    return plain and model.inputs is None and w.device.type == "cpu" and w.dtype == torch.float32 and fits(c.latent_dim, c.mlp_dim, c.enc_dim)
 
 def packed(
     model:WorldModel,        # For which `has_kernels` holds
