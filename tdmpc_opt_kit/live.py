@@ -25,7 +25,7 @@ def watched() -> bool:
     "Is this code run by a kernel that a page talks to?"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if getattr(shell, "kernel", None) is None: return False
-    if re.search(r"papermill|nbconvert|nbclient|jupyter-execute|jupyter-run|pytest", _parent()): return False
+    if re.search(r"papermill|nbconvert|nbclient|jupyter-execute|jupyter-run", _parent()): return False
     return any(os.environ.get(k) for k in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD"))
 
 # %% ../nbs/57_live.ipynb #8a9773e9
@@ -55,13 +55,13 @@ class LiveCurves(View):
     "Figures over the lines of a log, redrawn while they come."
     def __init__(self,
         figures,          # Functions: lines -> figure
-        every:float=1.,   # Seconds between two drawings at least
+        every:float=1.,   # Seconds between two drawings at least; more where drawing is slow, so that it takes a tenth of the time at most
         on:bool=None,     # Draw at all? None: where somebody is looking
         most:int=2000,    # Lines that are kept
     ):
         super().__init__()
         self.functions, self.every, self.most, self.on = list(figures), every, most, watched() if on is None else on
-        self.rows, self.drawn, self._last = [], 0, -math.inf
+        self.rows, self.drawn, self._last, self._cost = [], 0, -math.inf, 0.
         self.figures = [show(go.Figure()) for _ in self.functions] if self.on else []
         for f in self.figures: f.layout.height = 10
         self.layout(*self.figures)
@@ -72,7 +72,7 @@ class LiveCurves(View):
     ):
         "Another line; draws if it is time to."
         if not self.on: return
-        due = time.monotonic() - self._last >= self.every
+        due = time.monotonic() - self._last >= max(self.every, 9 * self._cost)
         if callable(row):
             if not due: return
             row = row()
@@ -87,11 +87,12 @@ class LiveCurves(View):
         if self.on and rows: self.rows = [("score" in r or "mean_return" in r, r) for r in rows][-self.most:]
 
     def draw(self):
+        began = time.monotonic()
         for w, f in zip(self.figures, self.functions):
             try: fig = f([r for _, r in self.rows])
             except ValueError: continue  # Nothing to draw yet
             redraw(w, relight(fig, self.dark))
-        self.drawn, self._last = self.drawn + 1, time.monotonic()
+        self.drawn, self._last, self._cost = self.drawn + 1, (now := time.monotonic()), now - began
 
     def finish(self):
         "The last drawing, whatever the time."
