@@ -141,7 +141,7 @@ def learning_curves(
     hue = colours([*series, *(levels or {})])
     for name, (xs, ys) in series.items():
         lo, hi = (_series([r for r in rows if r.get(by, "") == name], k, x, by).get(name) for k in (low, high))
-        if lo and hi: fig.add_scatter(x=lo[0] + hi[0][::-1], y=lo[1] + hi[1][::-1], fill="toself", fillcolor=_fade(hue[name]), line_width=0, hoverinfo="skip", showlegend=False)
+        if lo and hi: fig.add_scatter(x=lo[0] + hi[0][::-1], y=lo[1] + hi[1][::-1], fill="toself", mode="lines", fillcolor=_fade(hue[name]), line_width=0, hoverinfo="skip", showlegend=False)
         fig.add_scatter(x=xs, y=ys, name=str(name) or y, mode="lines+markers" if len(xs) < 40 else "lines", line=dict(color=hue[name], width=2), marker_size=6)
     _levels(fig, levels, hue)
     style(fig, title).update_xaxes(title_text=_axis(x), rangemode="tozero")
