@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETS', 'OFFERED', 'GROUPS', 'PRESETS', 'BUDGETS', 'ERRORS', 'UNITS', 'own_states', 'Rounded', 'round_all',
-           'Assessment', 'shares', 'Workbench', 'preset_bits', 'Parts', 'figure', 'refresh', 'bits_hue',
+           'Assessment', 'shares', 'Workbench', 'preset_bits', 'Parts', 'figure', 'refresh', 'Plot', 'bits_hue',
            'layers_figure', 'sizes_figure', 'errors_figure', 'ranking_figure', 'plane_figure', 'histogram_figure',
            'play_episodes', 'Played', 'in_words', 'played_table', 'returns_figure', 'agent_path', 'QuantView',
            'headline']
@@ -23,6 +23,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 import traitlets
+from comm import DummyComm
 from fastcore.basics import patch
 from torch import Tensor
 from traitlets import Bool, Dict, Int, Unicode
@@ -260,12 +261,12 @@ def figure(
     return make
 
 def refresh(
-    widget, # From `show`, changed by nobody else
-    parts,  # `Parts` that it shall show
+    widget,     # From `show`, changed by nobody else
+    was:Parts,  # What it shows
+    parts:Parts,# What it shall show
 ):
-    "Bring a figure on the page up to date: sends what differs from what it showed."
-    was, widget._parts = getattr(widget, "_parts", None), parts
-    if was is None or was.dark != parts.dark or [t["type"] for t in was.traces] != [t["type"] for t in parts.traces]: return redraw(widget, parts.figure())
+    "Bring a figure on the page up to date: sends what differs."
+    if was.dark != parts.dark or [t["type"] for t in was.traces] != [t["type"] for t in parts.traces]: return redraw(widget, parts.figure())
     differs = lambda new, old: {k: v for k, v in new.items() if k not in old or old[k] != v}
     with widget.batch_update():
         for t, new, old in zip(widget.data, parts.traces, was.traces):
@@ -273,7 +274,34 @@ def refresh(
         if d := differs(parts.layout, was.layout): widget.layout.update(d)
         if parts.title != was.title: widget.layout.title.text = parts.title
 
-# %% ../nbs/56_quant_view.ipynb #cdc8755c
+# %% ../nbs/56_quant_view.ipynb #5c404c72
+class Plot:
+    "A figure on the page that follows `Parts`."
+    def __init__(self,
+        parts:Parts, # What it shows first
+        lock=None,   # Held while it changes
+    ):
+        self.parts = self.shown = parts
+        self.widget, self.lock = show(parts.figure()), lock or threading.RLock()
+        self.drawn = isinstance(self.widget.comm, DummyComm)  # Without a page nothing can be lost
+        self.widget.observe(self._came, "_js2py_traceDeltas")
+
+    def _came(self, change):
+        if change["new"] and not self.drawn:
+            self.drawn = True
+            self.show(self.parts)
+
+    def show(self,
+        parts:Parts, # What it shall show, now or as soon as it is there
+    ):
+        "Show something else."
+        with self.lock:
+            self.parts = parts
+            if self.drawn:
+                refresh(self.widget, self.shown, parts)
+                self.shown = parts
+
+# %% ../nbs/56_quant_view.ipynb #596d70fc
 def bits_hue(
     bits:int,        # 4, 8 or 16
     dark:bool=False, # On a dark page?
@@ -298,7 +326,7 @@ def layers_figure(
     return Parts("Bytes and noise of each layer", [kb, db], dict(bargap=0.25, margin=dict(l=96, t=44), yaxis=dict(autorange="reversed", showgrid=False, **_bold(names, layer)),
         xaxis=dict(title_text="kB, and share of all bytes", domain=[0, 0.56], range=[0, max(2 * r["numbers"] for r in rows) / 1e3 * 1.4]), xaxis2=dict(title_text="signal to noise, dB", domain=[0.6, 1], range=[0, 98], dtick=20, anchor="y")), dark)
 
-# %% ../nbs/56_quant_view.ipynb #dcca8da3
+# %% ../nbs/56_quant_view.ipynb #70c26ecd
 BUDGETS = {"INT4": 0.85, "INT8": 1.5, "FP16": 2.9}  # MB, for a world model of one million parameters
 
 @figure
@@ -315,7 +343,7 @@ def sizes_figure(
         shapes=[dict(type="line", x0=mb, x1=mb, yref="paper", y0=0, y1=1, line=dict(color=mark, width=1.5, dash="dot")) for mb in fits.values()],
         annotations=[dict(x=mb, y=1, yref="paper", yanchor="bottom", text=f"{n}<br>{mb:g}", showarrow=False, font=dict(color=mark, size=11)) for n, mb in fits.items()]), dark)
 
-# %% ../nbs/56_quant_view.ipynb #7e14bb6f
+# %% ../nbs/56_quant_view.ipynb #1a250729
 _marks = {"fp16": ("triangle-down-open", 2), "int8": ("square-open", 4), "int4": ("diamond-open", 1)}
 _floor = lambda v: max(100 * v, 1e-3)  # A logarithmic axis has no zero
 
@@ -341,7 +369,7 @@ def errors_figure(
     return Parts("Errors relative to float32", traces, dict(margin=dict(l=62, t=66), yaxis=dict(type="log", title_text="error, % of the spread", range=[float(low), float(high)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]),
         xaxis=dict(title_text="at once", domain=[0, 0.37], range=[-0.5, 2.5]), xaxis2=dict(title_text="imagined steps", domain=[0.41, 1], range=[-0.3, 6.1], dtick=1, anchor="y")), dark)
 
-# %% ../nbs/56_quant_view.ipynb #37a010d8
+# %% ../nbs/56_quant_view.ipynb #de4eceee
 @figure
 def ranking_figure(
     table,           # From `Workbench.rank`
@@ -359,7 +387,7 @@ def ranking_figure(
     return Parts("Damage by one layer alone (click one)", traces, dict(margin=dict(l=96, t=66), yaxis=dict(autorange="reversed", **_bold(order, layer)),
         xaxis=dict(type="log", title_text="sum of squared errors over variances", range=[float(np.log10(low)) - 0.3, float(np.log10(high)) + 0.3], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])), dark)
 
-# %% ../nbs/56_quant_view.ipynb #9eceb3f4
+# %% ../nbs/56_quant_view.ipynb #5d6188d1
 ERRORS = {"policy's action": ("action", "RMS error of the action (-1 to 1)"), "value": ("value", "RMS error of the value"), "reward": ("reward", "RMS error of the reward"),
     "latent, 1 step": ("latent 1", "error of the latent, share of its spread"), "latent, 5 steps": ("latent 5", "error of the latent, share of its spread"), "damage": (None, "damage: squared errors over variances")}
 
@@ -385,7 +413,7 @@ def plane_figure(
     return Parts("Size against error", traces, dict(margin=dict(l=66, t=66), xaxis=dict(title_text="MB"), yaxis=dict(type="log", title_text=ERRORS[what][1], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks],
         range=[float(np.floor(4 * np.log10(min(y))) / 4) - 0.1, float(np.ceil(4 * np.log10(max(y))) / 4) + 0.15])), dark)
 
-# %% ../nbs/56_quant_view.ipynb #49dc7c58
+# %% ../nbs/56_quant_view.ipynb #1236d16b
 UNITS = ("weights", "own steps", "scale 1.0")
 
 @figure
@@ -415,7 +443,7 @@ def histogram_figure(
     return Parts(f"{layer}: {said}, {'exact' if ratio > 1e9 else f'{ratio:.1f} dB'}", traces, dict(margin=dict(l=62, t=66), xaxis=dict(title_text="weight in its own steps" if steps else "weight", range=[float(edges[0]), float(edges[-1])]),
         yaxis=dict(title_text="number of weights", type="log" if log else "linear", range=[-0.25, float(np.log10(most)) + 0.15] if log else [0, 1.05 * most], tickvals=powers if log else None, ticktext=[f"{p:,}" for p in powers] if log else None)), dark)
 
-# %% ../nbs/56_quant_view.ipynb #bae3e9d3
+# %% ../nbs/56_quant_view.ipynb #872e6cec
 def _telling(kind, tell, total:int):
     "An agent's class whose objects tell what they have done."
     class Telling(kind):
@@ -441,7 +469,7 @@ def play_episodes(
     agent = _telling(PolicyAgent, tell, total)(models) if mode == "policy" else _telling(PlanAgent, tell, total)(models, plan_config(plan), torch.Generator())
     return evaluate(agent, tasks, episodes, seed=seed, max_steps=max_steps, num_workers=num_workers, progress=False)
 
-# %% ../nbs/56_quant_view.ipynb #9d908444
+# %% ../nbs/56_quant_view.ipynb #40708fa2
 @dataclass
 class Played:
     "A choice of bits and what it returned."
@@ -492,7 +520,7 @@ def returns_figure(
     return Parts("Return less that of float32 on the same starts, 95 % intervals", traces, dict(margin=dict(l=66, t=66), shapes=[dict(type="line", xref="paper", x0=0, x1=1, y0=0, y1=0, line=dict(color=INK[dark]["axis"], width=1))],
         xaxis=dict(title_text="MB", range=[0.9 * min(x), 1.3 * max(x)]), yaxis=dict(title_text="difference of mean return")), dark, 340)
 
-# %% ../nbs/56_quant_view.ipynb #89c9e6d6
+# %% ../nbs/56_quant_view.ipynb #9da67e8f
 def agent_path(
     name:str, # A name as in `AgentBox`
 ) -> Path|None:
@@ -500,7 +528,8 @@ def agent_path(
     path = data_dir()/"students"/"student.safetensors" if name == "student" else Path(name).expanduser()
     return path if path.is_file() else None
 
-_css = """<style>.tdmpc-quant-net { border: 1px solid var(--jp-border-color2, #9ca3af); border-radius: 4px; padding: 0 6px 2px 6px }
+_css = """<style>.tdmpc-view .widget-toggle-buttons { flex-wrap: nowrap; align-items: center } .tdmpc-view .jupyter-widget-toggle-buttons .widget-label { text-align: right }
+.tdmpc-quant-net { border: 1px solid var(--jp-border-color2, #9ca3af); border-radius: 4px; padding: 0 6px 2px 6px }
 .tdmpc-quant-net .widget-label { min-width: 0 } .tdmpc-quant-net .widget-readout { min-width: 22px; max-width: 26px }
 .tdmpc-quant-net .widget-html-content { line-height: 22px; font-weight: 600; color: var(--jp-ui-font-color1, inherit) }</style>"""
 
@@ -530,7 +559,7 @@ class QuantView(View):
         self._listen()
         self.load(wait)
 
-# %% ../nbs/56_quant_view.ipynb #136071aa
+# %% ../nbs/56_quant_view.ipynb #4b7d1042
 @patch
 @contextmanager
 def held(self:QuantView):
@@ -547,12 +576,12 @@ def _controls(self:QuantView):
     self.agent_menu = self.box.menu(self.agent, layout=narrow("240px"))
     self.which_menu = W.Dropdown(description="model of", options=[], layout=narrow("260px", display="none"))
     self.again = W.Button(description="Measure anew", icon="refresh", tooltip="Collect states again and measure every layer", layout=narrow("134px"))
-    self.presets = W.ToggleButtons(options=[*PRESETS, "mixed"], value="int8", description="preset", style=dict(button_width="64px"))
+    self.presets = W.ToggleButtons(options=[*PRESETS, "mixed"], value="int8", description="preset", style=dict(button_width="58px", description_width="44px"), layout=W.Layout(width="auto"))
     self.budget_slider = W.IntSlider(1000, 1, 2000, description="budget, kB", continuous_update=True, layout=narrow("320px"), style=dict(description_width="76px"))
     self.group_slider = W.SelectionSlider(options=GROUPS, value=48, description="group, 4 bits", continuous_update=False, layout=narrow("260px"), style=dict(description_width="90px"))
-    self.sliders, self.grid = {}, W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", gap="6px", width="100%"))
+    self.sliders, self.grid = {}, W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="6px", width="100%"))
     self.layer_menu = W.Dropdown(description="layer", options=[], layout=narrow("220px"), style=dict(description_width="44px"))
-    self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="86px"))
+    self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="82px", description_width="64px"), layout=W.Layout(width="auto"))
     self.log_box = W.Checkbox(True, description="log counts", indent=False, layout=narrow("104px"))
     self.error_menu = W.Dropdown(description="error", options=list(ERRORS), layout=narrow("220px"), style=dict(description_width="44px"))
     self.plan_button = W.Button(description="Planned action", icon="crosshairs", tooltip="Error of the action that the planner arrives at, with the same noise", layout=narrow("140px"))
@@ -567,20 +596,21 @@ def _controls(self:QuantView):
 
 @patch
 def _figures(self:QuantView):
-    empty = lambda h=420: themed(go.Figure(), "", h, self.dark).update_xaxes(visible=False).update_yaxes(visible=False)
-    self.figures = {n: show(empty(340 if n == "returns" else 420)) for n in ("layers", "errors", "ranking", "histogram", "plane", "sizes", "returns")}
-    cell = lambda w: W.Box([w], layout=W.Layout(flex="1 1 410px", min_width="380px", overflow="hidden"))
-    self.cells = {n: cell(f) for n, f in self.figures.items()}
-    self.cells["returns"].layout.display = "none"
+    empty = Parts("", [], dict(xaxis=dict(visible=False), yaxis=dict(visible=False)), self.dark)
+    self.plots = {n: Plot(empty, self.lock) for n in ("layers", "errors", "ranking", "histogram", "plane", "sizes")}
+    self.cells = {n: self._cell(p) for n, p in self.plots.items()} | dict(returns=W.Box(layout=W.Layout(width="100%", display="block")))
+
+@patch
+def _cell(self:QuantView, plot): return W.Box([plot.widget], layout=W.Layout(flex="1 1 400px", min_width="0", display="block", overflow="hidden"))
 
 @patch
 def _arrange(self:QuantView):
-    rows = lambda *names: W.Box([self.cells[n] for n in names], layout=W.Layout(display="flex", flex_flow="row wrap", width="100%"))
+    rows = lambda *names: W.Box([self.cells[n] for n in names], layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="0 10px", width="100%"))
     self.layout(W.HTML(_css, layout=W.Layout(display="none")), controls(self.agent_menu, self.which_menu, self.box.widget, self.again), controls(self.presets, self.budget_slider, self.group_slider), self.grid, self.head,
         controls(self.layer_menu, self.units_menu, self.log_box, self.error_menu, self.plan_button), rows("layers", "errors", "ranking", "histogram", "plane", "sizes"),
-        controls(self.tasks_menu, W.VBox([controls(self.episodes_slider, self.mode_menu), controls(self.return_button, self.save_button, self.recall)], layout=W.Layout(flex="1 1 400px"))), self.table, rows("returns"))
+        controls(self.tasks_menu, W.VBox([controls(self.episodes_slider, self.mode_menu), controls(self.return_button, self.save_button, self.recall)], layout=W.Layout(flex="1 1 400px"))), self.table, self.cells["returns"])
 
-# %% ../nbs/56_quant_view.ipynb #77952248
+# %% ../nbs/56_quant_view.ipynb #757cdf9f
 @patch
 def _make_sliders(self:QuantView):
     "A slider for every weight matrix of the model that is there."
@@ -607,7 +637,7 @@ def _listen(self:QuantView):
     self.presets.observe(lambda c: self._told("preset", c["new"] or ""), "value")
     for b, f in ((self.again, self.measure), (self.plan_button, self.plan_action), (self.return_button, self.play), (self.save_button, self.save)): b.on_click(lambda _, f=f: f())
     self.recall.observe(lambda c: self._recall(c["new"]), "value")
-    for n in ("ranking", "layers"): self.figures[n].observe(self._clicked, "_js2py_pointsCallback")
+    for n in ("ranking", "layers"): self.plots[n].widget.observe(self._clicked, "_js2py_pointsCallback")
     for trait, f in dict(agent=self._on_agent, which=self._on_agent, bits=self._on_bits, preset=self._on_preset, budget=self._on_budget, group=self._on_group,
             layer=self._on_look, units=self._on_look, log=self._on_look, error=self._on_look, mode=self._on_look, episodes=self._on_look).items(): self.observe(f, trait)
 
@@ -624,7 +654,7 @@ def _clicked(self:QuantView, change):
     d = change["new"] or {}
     if d.get("event_type") == "plotly_click" and (ys := d.get("points", {}).get("ys")) and ys[0] in self.sliders: self.layer = ys[0]
 
-# %% ../nbs/56_quant_view.ipynb #f2fd75f0
+# %% ../nbs/56_quant_view.ipynb #4277fee8
 @patch
 @guarded
 def load(self:QuantView, wait=False):
@@ -697,7 +727,7 @@ def _sync(self:QuantView):
             (self.log_box, self.log), (self.error_menu, self.error), (self.episodes_slider, self.episodes), (self.mode_menu, self.mode), *((s, self.bits[l]) for l, s in self.sliders.items())):
         if w.value != v: w.value = v
 
-# %% ../nbs/56_quant_view.ipynb #3c7a82c8
+# %% ../nbs/56_quant_view.ipynb #8ce30f2e
 @patch
 @guarded
 def measure(self:QuantView, wait=False):
@@ -739,7 +769,7 @@ def _compared(self:QuantView, points):
         self.assess()
         self.say(f"Measured on {len(self.bench.batch.task)} slices of states of {len(self.card['states'])} task{'s' * (len(self.card['states']) > 1)}. Move a slider, or choose a preset.", "good")
 
-# %% ../nbs/56_quant_view.ipynb #7fcf225c
+# %% ../nbs/56_quant_view.ipynb #323e7d53
 @patch
 @guarded
 def _on_agent(self:QuantView, change):
@@ -824,7 +854,7 @@ def assess(self:QuantView):
         self.now = self._bench().assess(self.bits, self.group)
         self.draw("layers", "errors", "ranking", "histogram", "plane", "sizes")
 
-# %% ../nbs/56_quant_view.ipynb #cdd4ea5b
+# %% ../nbs/56_quant_view.ipynb #4dba260f
 def headline(
     a:Assessment,  # Of the present bits
     planned=None,  # Error of the planned action, if it was asked for
@@ -849,12 +879,16 @@ def draw(self:QuantView, *names):
             histogram=lambda: histogram_figure.parts(self.bench.model.get_parameter(f"{self.layer}.weight"), self.bench.weight(self.layer, self.bits[self.layer], self.group), self.layer, self.units, self.log, dark),
             plane=lambda: plane_figure.parts(a, named, curve, self.error, dark), returns=lambda: returns_figure.parts(self.played, dark) if self.played else None)
         for n in names or make:
-            if (parts := make[n]()) is not None: refresh(self.figures[n], parts)
+            if (parts := make[n]()) is None: continue
+            if n not in self.plots:  # That of returns is made with the first ones: in a hidden place it would not find its width
+                self.plots[n] = Plot(parts, self.lock)
+                self.cells[n].children = [self.plots[n].widget]
+            else: self.plots[n].show(parts)
 
 @patch
 def _key(self:QuantView): return id(self.bench), self.seed, tuple(self.bits.items()), self.group
 
-# %% ../nbs/56_quant_view.ipynb #ae3307fb
+# %% ../nbs/56_quant_view.ipynb #80c18e29
 @patch
 def quantized(self:QuantView) -> WorldModel:
     "A copy of the model with the present bits."
@@ -909,7 +943,7 @@ def _show_played(self:QuantView):
     with self.held():
         self.table.value = played_table(self.played)
         self.recall.options = [("", 0)] + [(f"{i} {p.name}", i) for i, p in enumerate(self.played, 1)]
-        self.recall.layout.display = self.cells["returns"].layout.display = ""
+        self.recall.layout.display = ""
     self.draw("returns")
 
 @patch

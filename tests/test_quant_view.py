@@ -10,9 +10,8 @@ from tdmpc_opt_kit.checkpoint import load_world_model, save_world_model
 from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.data import Batch
 from tdmpc_opt_kit.evaluate import data_dir
-from tdmpc_opt_kit.quant_view import BUDGETS, GROUPS, PRESETS, QuantView, Workbench, agent_path, histogram_figure, in_words, layers_figure, own_states, plane_figure, preset_bits, ranking_figure, refresh, sizes_figure
+from tdmpc_opt_kit.quant_view import BUDGETS, GROUPS, PRESETS, Plot, QuantView, Workbench, agent_path, histogram_figure, in_words, layers_figure, own_states, plane_figure, preset_bits, ranking_figure, sizes_figure
 from tdmpc_opt_kit.quantize import SCHEMES, MixedConfig, damage, output_errors, outputs, quantize_, sensitivity
-from tdmpc_opt_kit.widgets import show
 from tdmpc_opt_kit.world_model import WorldModel, model_size, policy_only
 
 SHORT = dict(slices=16, max_steps=12, num_workers=0)
@@ -126,16 +125,14 @@ def test_figures_say_what_the_numbers_say(bench):
     assert sum(n for n in histogram_figure(w, bench.weight("dynamics.1", 8), log=False).data[1].y) == w.numel()
 
 
-def test_refresh_sends_only_what_differs(bench):
-    one, two = (bench.assess(preset_bits(n, bench.layers)) for n in ("int8", "int4"))
-    w, sent = show(sizes_figure(one)), []
-    refresh(w, sizes_figure(one))
-    w._send_update_msg = lambda restyle_data=None, relayout_data=None, *a, **k: sent.append((restyle_data, relayout_data))
-    w._send_restyle_msg = lambda data, *a, **k: sent.append((data, {}))
-    refresh(w, sizes_figure(one))
-    assert sent in ([], [({}, {})])
-    refresh(w, sizes_figure(two))
-    assert list(w.data[0].x) == list(sizes_figure(two).data[0].x) and sent and "width" not in json.dumps(sorted(sent[-1][0] or {}))
+def test_a_plot_sends_only_what_differs(bench, monkeypatch):
+    one, two = (sizes_figure.parts(bench.assess(preset_bits(n, bench.layers))) for n in ("int8", "int4"))
+    plot, sent = Plot(one), []
+    monkeypatch.setattr(plot.widget, "_send_update_msg", lambda restyle_data=None, relayout_data=None, *a, **k: sent.append((restyle_data, relayout_data)))
+    plot.show(one)
+    assert not any(restyle or relayout for restyle, relayout in sent)
+    plot.show(two)
+    assert list(plot.widget.data[0].x) == two.traces[0]["x"] and set(sent[-1][0]) == {"x", "text", "customdata"} and not sent[-1][1]
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +144,12 @@ def view():
 
 def test_sliders_presets_and_budget(view):
     view.presets.value = "all 8"
-    before, drawn = view.now, {n: f._drawn for n, f in view.figures.items() if n != "returns"}
+    before, drawn = view.now, {n: p.shown for n, p in view.plots.items() if n != "returns"}
     view.sliders["dynamics.1"].value = 4
     assert view.bits["dynamics.1"] == 4 and view.preset == "" and view.presets.value is None
     assert view.now.nbytes < before.nbytes and view.now.errors["latent 1"] > before.errors["latent 1"]
-    assert all(view.figures[n]._drawn is not drawn[n] for n in drawn) and f"{view.now.nbytes:,}" in view.head.value
-    assert list(view.figures["plane"].data[2].x) == [view.now.nbytes / 1e6]
+    assert all(view.plots[n].shown is not drawn[n] for n in drawn) and f"{view.now.nbytes:,}" in view.head.value
+    assert list(view.plots["plane"].widget.data[2].x) == [view.now.nbytes / 1e6]
     view.sliders["dynamics.1"].value = 8
     assert view.preset == "all 8" == view.presets.value and view.now.errors == before.errors  # By hand to the same bits is that preset
     view.presets.value = "int4"
@@ -169,25 +166,25 @@ def test_sliders_presets_and_budget(view):
 def test_looks(view):
     view.presets.value = "int8"
     view.layer_menu.value = "pi_head.0"
-    assert view.figures["histogram"].layout.title.text.startswith("pi_head.0: 8 bits")
+    assert view.plots["histogram"].widget.layout.title.text.startswith("pi_head.0: 8 bits")
     view.units_menu.value = "scale 1.0"
-    assert "every scale 1.0" in view.figures["histogram"].layout.title.text
+    assert "every scale 1.0" in view.plots["histogram"].widget.layout.title.text
     view.log_box.value = False
-    assert view.figures["histogram"].layout.yaxis.type in (None, "linear", "-")
+    assert view.plots["histogram"].widget.layout.yaxis.type in (None, "linear", "-")
     view.log_box.value, view.units_menu.value = True, "weights"
     for e in view.error_menu.options:
         view.error_menu.value = e
         assert view.message == "" or view.message  # No error is a traceback
-        assert all(y is not None for y in view.figures["plane"].data[0].y)
-    was = view.figures["layers"].data[0].marker.color
+        assert all(y is not None for y in view.plots["plane"].widget.data[0].y)
+    was = view.plots["layers"].widget.data[0].marker.color
     view.theme.dark = True
-    assert view.figures["layers"].data[0].marker.color != was and view.figures["plane"].layout.font.color == "#e5e7eb"
+    assert view.plots["layers"].widget.data[0].marker.color != was and view.plots["plane"].widget.layout.font.color == "#e5e7eb"
     view.theme.dark = False
 
 
 def test_a_click_chooses_the_layer(view):
     view._clicked(dict(new=dict(event_type="plotly_click", points=dict(ys=["encoder.1"]))))
-    assert view.layer == view.layer_menu.value == "encoder.1" and any("<b>encoder.1</b>" == t for t in view.figures["ranking"].layout.yaxis.ticktext)
+    assert view.layer == view.layer_menu.value == "encoder.1" and any("<b>encoder.1</b>" == t for t in view.plots["ranking"].widget.layout.yaxis.ticktext)
     view._clicked(dict(new=dict(event_type="plotly_hover", points=dict(ys=["encoder.0"]))))
     view._clicked(dict(new=dict(event_type="plotly_click", points=dict(ys=["no layer"]))))
     view._clicked(dict(new=None))
@@ -227,7 +224,7 @@ def test_returns_are_paired_and_kept(view):
     view.play(wait=True)
     assert len(view.played) == n + 2 and view.played[-1].a.bits == view.bits and view.recall.layout.display == ""
     assert view.played[-1].equality.returns[1] == view.played[-2].equality.returns[1]  # float32 was played once, from the same starts
-    assert "all 4" in view.table.value and in_words(view.bits) in view.table.value and len(view.figures["returns"].data[0].x) == len(view.played)
+    assert "all 4" in view.table.value and in_words(view.bits) in view.table.value and len(view.plots["returns"].widget.data[0].x) == len(view.played)
     view.recall.value = n + 1
     assert view.preset == "fp16" == view.presets.value
     view.mode_menu.value = "planner"
