@@ -323,8 +323,8 @@ def layers_figure(
     bar = dict(type="bar", orientation="h", y=names, marker=dict(color=[bits_hue(r["bits"], dark) for r in rows]), textposition="outside", cliponaxis=False, showlegend=False)
     kb = bar | dict(x=[r["bytes"] / 1e3 for r in rows], text=[f"{r['bits']} bits, {r['bytes'] / a.nbytes:.0%}" for r in rows], hovertemplate="%{y}: %{x:.1f} kB<extra></extra>")
     db = bar | dict(x=[min(r["SQNR"], 100.) for r in rows], text=[f"{r['SQNR']:.0f}" if r["SQNR"] < 1e9 else "exact" for r in rows], hovertemplate="%{y}: %{x:.1f} dB<extra></extra>", xaxis="x2")
-    return Parts("Bytes and noise of each layer", [kb, db], dict(bargap=0.25, margin=dict(l=96, t=44), yaxis=dict(autorange="reversed", showgrid=False, **_bold(names, layer)),
-        xaxis=dict(title_text="kB, and share of all bytes", domain=[0, 0.56], range=[0, max(2 * r["numbers"] for r in rows) / 1e3 * 1.4]), xaxis2=dict(title_text="signal to noise, dB", domain=[0.6, 1], range=[0, 98], dtick=20, anchor="y")), dark)
+    return Parts("Bytes (share of all), and signal to noise by layer", [kb, db], dict(bargap=0.25, margin=dict(l=96, t=44), yaxis=dict(autorange="reversed", showgrid=False, **_bold(names, layer)),
+        xaxis=dict(title_text="kB", domain=[0, 0.56], range=[0, max(2 * r["numbers"] for r in rows) / 1e3 * 1.4]), xaxis2=dict(title_text="SQNR, dB", domain=[0.6, 1], range=[0, 98], dtick=20, anchor="y")), dark)
 
 # %% ../nbs/56_quant_view.ipynb #70c26ecd
 BUDGETS = {"INT4": 0.85, "INT8": 1.5, "FP16": 2.9}  # MB, for a world model of one million parameters
@@ -337,11 +337,11 @@ def sizes_figure(
     "Bytes of the present bits beside float32, float16 and the budgets."
     sizes, now, grey, mark = {"float32": 4 * a.numbers, "float16": 2 * a.numbers, "these bits": a.nbytes, "its policy alone": a.policy_nbytes}, series(0, dark), INK[dark]["axis"], series(3, dark)
     fits = BUDGETS if 1 < 4 * a.numbers / 1e6 < 30 else {}
-    bar = dict(type="bar", orientation="h", y=list(sizes), x=[v / 1e6 for v in sizes.values()], width=0.6, marker=dict(color=[grey, grey, now, _ink(now, 0.55)]), text=[f"{v / 1e6:.3g} MB" for v in sizes.values()], textposition="outside",
-        cliponaxis=False, customdata=list(sizes.values()), hovertemplate="%{y}: %{customdata:,} bytes<extra></extra>", showlegend=False)
-    return Parts("Size, and the budgets of a 1M model" if fits else "Size", [bar], dict(margin=dict(l=104, t=80), yaxis=dict(autorange="reversed", showgrid=False), xaxis=dict(title_text="MB", range=[0, 4 * a.numbers / 1e6 * 1.2]),
+    bar = dict(type="bar", orientation="h", y=list(sizes), x=[v / 1e6 for v in sizes.values()], width=0.6, marker=dict(color=[grey, grey, now, _ink(now, 0.55)]),
+        customdata=list(sizes.values()), hovertemplate="%{y}: %{customdata:,} bytes<extra></extra>", showlegend=False)
+    return Parts("Size, and the budgets of a 1M model" if fits else "Size", [bar], dict(margin=dict(l=104, t=66), yaxis=dict(autorange="reversed", showgrid=False, tickvals=list(sizes), ticktext=[f"{n}<br><b>{v / 1e6:.3g} MB</b>" for n, v in sizes.items()]), xaxis=dict(title_text="MB", range=[0, 4 * a.numbers / 1e6 * 1.05]),
         shapes=[dict(type="line", x0=mb, x1=mb, yref="paper", y0=0, y1=1, line=dict(color=mark, width=1.5, dash="dot")) for mb in fits.values()],
-        annotations=[dict(x=mb, y=1, yref="paper", yanchor="bottom", text=f"{n}<br>{mb:g}", showarrow=False, font=dict(color=mark, size=11)) for n, mb in fits.items()]), dark)
+        annotations=[dict(x=mb, y=1, yref="paper", yanchor="bottom", yshift=14 * (i % 2), text=f"{n} {mb:g}", showarrow=False, font=dict(color=mark, size=11)) for i, (n, mb) in enumerate(fits.items())]), dark)
 
 # %% ../nbs/56_quant_view.ipynb #1a250729
 _marks = {"fp16": ("triangle-down-open", 2), "int8": ("square-open", 4), "int4": ("diamond-open", 1)}
@@ -367,7 +367,7 @@ def errors_figure(
     every = [_floor(v) for _, x in (*(named or {}).items(), ("", a)) for v in (x.shares or {"": 1.}).values()]
     low, high, ticks = np.floor(2 * np.log10(min(every))) / 2 - 0.1, max(np.ceil(2 * np.log10(max(every))) / 2, 1.5) + 0.1, [10**k for k in range(-3, 5)]
     return Parts("Errors relative to float32", traces, dict(margin=dict(l=62, t=66), yaxis=dict(type="log", title_text="error, % of the spread", range=[float(low), float(high)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]),
-        xaxis=dict(title_text="at once", domain=[0, 0.37], range=[-0.5, 2.5]), xaxis2=dict(title_text="imagined steps", domain=[0.41, 1], range=[-0.3, 6.1], dtick=1, anchor="y")), dark)
+        xaxis=dict(title_text="at once", domain=[0, 0.4], range=[-0.5, 2.5], tickfont=dict(size=11)), xaxis2=dict(title_text="imagined steps", domain=[0.44, 1], range=[-0.3, 7.4], tickvals=list(range(6)), anchor="y")), dark)
 
 # %% ../nbs/56_quant_view.ipynb #de4eceee
 @figure
@@ -385,7 +385,7 @@ def ranking_figure(
     for b in (8, 4): traces.append(dict(type="scatter", y=order, x=[by[b][l] for l in order], mode="markers", name=f"{b} bits", hovertemplate="%{y}: %{x:.2g}<extra>" + f"{b} bits</extra>",
         marker=dict(color=bits_hue(b, dark), size=13, line=dict(color=ink["text"], width=[3 if bits.get(l) == b else 0 for l in order]))))
     return Parts("Damage by one layer alone (click one)", traces, dict(margin=dict(l=96, t=66), yaxis=dict(autorange="reversed", **_bold(order, layer)),
-        xaxis=dict(type="log", title_text="sum of squared errors over variances", range=[float(np.log10(low)) - 0.3, float(np.log10(high)) + 0.3], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])), dark)
+        xaxis=dict(type="log", title_text="sum of squared errors over variances", range=[float(np.log10(low)) - 0.3, float(np.log10(high)) + 0.3], tickvals=ticks, ticktext=[f"10<sup>{k}</sup>" for k in range(-9, 3)], tickangle=0)), dark)
 
 # %% ../nbs/56_quant_view.ipynb #5d6188d1
 ERRORS = {"policy's action": ("action", "RMS error of the action (-1 to 1)"), "value": ("value", "RMS error of the value"), "reward": ("reward", "RMS error of the reward"),
@@ -406,7 +406,7 @@ def plane_figure(
 ):
     "Size against error."
     ink, at = INK[dark], lambda xs: dict(type="scatter", x=[x.nbytes / 1e6 for x in xs], y=[_error(x, what) for x in xs])
-    traces = [at(curve) | dict(mode="lines+markers", name="mixed, for a budget", line=dict(color=series(5, dark), width=1.5), marker=dict(size=5), hovertemplate="%{x:.3g} MB: %{y:.3g}<extra>mixed</extra>"),
+    traces = [at(curve) | dict(mode="lines+markers", name="mixed", line=dict(color=series(5, dark), width=1.5), marker=dict(size=5), hovertemplate="%{x:.3g} MB: %{y:.3g}<extra>mixed</extra>"),
         at(named.values()) | dict(mode="markers+text", name="presets", text=list(named), textposition=["bottom left" if n in ("int8", "fp16") else "top right" for n in named], textfont=dict(color=ink["text"]), marker=dict(color=series(7, dark), size=9), hovertemplate="%{text}: %{x:.3g} MB, %{y:.3g}<extra></extra>"),
         at([a]) | dict(mode="markers", name="these bits", marker=dict(symbol="star", size=18, color=series(0, dark), line=dict(color=ink["text"], width=1)), hovertemplate="%{x:.3g} MB: %{y:.3g}<extra>these bits</extra>")]
     y, ticks = [v for x in (*named.values(), *curve, a) if (v := _error(x, what)) is not None] or [0.01, 1.], [m * 10.**k for k in range(-6, 3) for m in (1, 3)]
@@ -528,7 +528,7 @@ def agent_path(
     path = data_dir()/"students"/"student.safetensors" if name == "student" else Path(name).expanduser()
     return path if path.is_file() else None
 
-_css = """<style>.tdmpc-view .widget-toggle-buttons { flex-wrap: nowrap; align-items: center } .tdmpc-view .jupyter-widget-toggle-buttons .widget-label { text-align: right }
+_css = """<style>.tdmpc-view .widget-toggle-buttons { display: flex; flex-flow: row nowrap; align-items: center } .tdmpc-view .widget-toggle-buttons .widget-label { flex: none }
 .tdmpc-quant-net { border: 1px solid var(--jp-border-color2, #9ca3af); border-radius: 4px; padding: 0 6px 2px 6px }
 .tdmpc-quant-net .widget-label { min-width: 0 } .tdmpc-quant-net .widget-readout { min-width: 22px; max-width: 26px }
 .tdmpc-quant-net .widget-html-content { line-height: 22px; font-weight: 600; color: var(--jp-ui-font-color1, inherit) }</style>"""
@@ -573,15 +573,19 @@ def held(self:QuantView):
 def _controls(self:QuantView):
     narrow = lambda w, **kw: W.Layout(width=w, **kw)
     self.box = AgentBox(self.say)
+    add = self.box.add
+    def quietly(name):  # New options move a menu to its first one for a moment
+        with self.held(): add(name)
+    self.box.add = quietly
     self.agent_menu = self.box.menu(self.agent, layout=narrow("240px"))
     self.which_menu = W.Dropdown(description="model of", options=[], layout=narrow("260px", display="none"))
     self.again = W.Button(description="Measure anew", icon="refresh", tooltip="Collect states again and measure every layer", layout=narrow("134px"))
-    self.presets = W.ToggleButtons(options=[*PRESETS, "mixed"], value="int8", description="preset", style=dict(button_width="58px", description_width="44px"), layout=W.Layout(width="auto"))
+    self.presets = W.ToggleButtons(options=[*PRESETS, "mixed"], value="int8", description="preset", style=dict(button_width="66px", description_width="44px"), layout=W.Layout(width="auto"))
     self.budget_slider = W.IntSlider(1000, 1, 2000, description="budget, kB", continuous_update=True, layout=narrow("320px"), style=dict(description_width="76px"))
     self.group_slider = W.SelectionSlider(options=GROUPS, value=48, description="group, 4 bits", continuous_update=False, layout=narrow("260px"), style=dict(description_width="90px"))
     self.sliders, self.grid = {}, W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="6px", width="100%"))
     self.layer_menu = W.Dropdown(description="layer", options=[], layout=narrow("220px"), style=dict(description_width="44px"))
-    self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="82px", description_width="64px"), layout=W.Layout(width="auto"))
+    self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="92px", description_width="64px"), layout=W.Layout(width="auto"))
     self.log_box = W.Checkbox(True, description="log counts", indent=False, layout=narrow("104px"))
     self.error_menu = W.Dropdown(description="error", options=list(ERRORS), layout=narrow("220px"), style=dict(description_width="44px"))
     self.plan_button = W.Button(description="Planned action", icon="crosshairs", tooltip="Error of the action that the planner arrives at, with the same noise", layout=narrow("140px"))
