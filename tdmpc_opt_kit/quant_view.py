@@ -322,9 +322,9 @@ def layers_figure(
     rows, names = a.layers, [r["layer"] for r in a.layers]
     bar = dict(type="bar", orientation="h", y=names, marker=dict(color=[bits_hue(r["bits"], dark) for r in rows]), textposition="outside", cliponaxis=False, showlegend=False)
     kb = bar | dict(x=[r["bytes"] / 1e3 for r in rows], text=[f"{r['bits']} bits, {r['bytes'] / a.nbytes:.0%}" for r in rows], hovertemplate="%{y}: %{x:.1f} kB<extra></extra>")
-    db = bar | dict(x=[min(r["SQNR"], 100.) for r in rows], text=[f"{r['SQNR']:.0f}" if r["SQNR"] < 1e9 else "exact" for r in rows], hovertemplate="%{y}: %{x:.1f} dB<extra></extra>", xaxis="x2")
-    return Parts("Bytes (share of all), and signal to noise by layer", [kb, db], dict(bargap=0.25, margin=dict(l=96, t=44), yaxis=dict(autorange="reversed", showgrid=False, **_bold(names, layer)),
-        xaxis=dict(title_text="kB", domain=[0, 0.56], range=[0, max(2 * r["numbers"] for r in rows) / 1e3 * 1.4]), xaxis2=dict(title_text="SQNR, dB", domain=[0.6, 1], range=[0, 98], dtick=20, anchor="y")), dark)
+    db = bar | dict(x=[min(r["SQNR"], 80.) for r in rows], text=[f"{r['SQNR']:.0f}" if r["SQNR"] < 1e9 else "exact" for r in rows], hovertemplate="%{y}: %{x:.1f} dB<extra></extra>", xaxis="x2")
+    return Parts("Bytes and noise by layer", [kb, db], dict(bargap=0.25, margin=dict(l=96, t=44), yaxis=dict(autorange="reversed", showgrid=False, **_bold(names, layer)),
+        xaxis=dict(title_text="kB", domain=[0, 0.56], range=[0, max(2 * r["numbers"] for r in rows) / 1e3 * 1.4], nticks=4), xaxis2=dict(title_text="SQNR, dB", domain=[0.6, 1], range=[0, 106], dtick=40, anchor="y")), dark)
 
 # %% ../nbs/56_quant_view.ipynb #70c26ecd
 BUDGETS = {"INT4": 0.85, "INT8": 1.5, "FP16": 2.9}  # MB, for a world model of one million parameters
@@ -366,7 +366,7 @@ def errors_figure(
                 text=["" if i < steps[-1] else f" {what}" for i in steps], textposition="middle right", textfont=dict(color=colour), name=f"{n}, {what}", legendgroup=n, showlegend=False, hovertemplate=f"{what} %{{x}}: %{{y:.3g}} %<extra>{n}</extra>"))
     every = [_floor(v) for _, x in (*(named or {}).items(), ("", a)) for v in (x.shares or {"": 1.}).values()]
     low, high, ticks = np.floor(2 * np.log10(min(every))) / 2 - 0.1, max(np.ceil(2 * np.log10(max(every))) / 2, 1.5) + 0.1, [10**k for k in range(-3, 5)]
-    return Parts("Errors relative to float32", traces, dict(margin=dict(l=62, t=66), yaxis=dict(type="log", title_text="error, % of the spread", range=[float(low), float(high)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]),
+    return Parts("Errors relative to float32", traces, dict(margin=dict(l=62, t=66), legend=dict(font_size=11, itemwidth=30), yaxis=dict(type="log", title_text="error, % of the spread", range=[float(low), float(high)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]),
         xaxis=dict(title_text="at once", domain=[0, 0.4], range=[-0.5, 2.5], tickfont=dict(size=11)), xaxis2=dict(title_text="imagined steps", domain=[0.44, 1], range=[-0.3, 7.4], tickvals=list(range(6)), anchor="y")), dark)
 
 # %% ../nbs/56_quant_view.ipynb #de4eceee
@@ -437,8 +437,8 @@ def histogram_figure(
         traces.append(dict(type="scatter", x=middle, y=(np.where(n > 0, n, 0.3) if log else n).tolist(), mode="lines", line=dict(shape="hvh", color=colour, width=1.5), fill="tozeroy", fillcolor=_ink(colour, alpha), name=name, hovertemplate="%{x:.3g}: %{y:,}<extra>" + name + "</extra>"))
     step = None if q is None else float(q.scale.float().median())
     levels = [k * step for k in range(-7, 8)] if units == "weights" and bits == 4 else []
-    traces.append(dict(type="scatter", x=[v for k in levels for v in (k, k, None)], y=[v for _ in levels for v in (0.3 if log else 0, w.numel() / 2, None)], mode="lines", line=dict(color=ink["faint"], width=1, dash="dot"), name="steps of the median scale", hoverinfo="skip", showlegend=bool(levels)))
-    said, ratio = "every scale 1.0" if units == "scale 1.0" else "16 bits, no scale" if q is None else f"{bits} bits, step {step:.2g} (median)", sqnr(w, after)
+    traces.append(dict(type="scatter", x=[v for k in levels for v in (k, k, None)], y=[v for _ in levels for v in (0.3 if log else 0, w.numel() / 2, None)], mode="lines", line=dict(color=ink["faint"], width=1, dash="dot"), name="steps", hoverinfo="skip", showlegend=bool(levels)))
+    said, ratio = "every scale 1.0" if units == "scale 1.0" else "16 bits, no scale" if q is None else f"{bits} bits, step {step:.2g}", sqnr(w, after)
     powers, most = [10**k for k in range(8)], max(n for t in traces[:2] for n in t["y"])
     return Parts(f"{layer}: {said}, {'exact' if ratio > 1e9 else f'{ratio:.1f} dB'}", traces, dict(margin=dict(l=62, t=66), xaxis=dict(title_text="weight in its own steps" if steps else "weight", range=[float(edges[0]), float(edges[-1])]),
         yaxis=dict(title_text="number of weights", type="log" if log else "linear", range=[-0.25, float(np.log10(most)) + 0.15] if log else [0, 1.05 * most], tickvals=powers if log else None, ticktext=[f"{p:,}" for p in powers] if log else None)), dark)
@@ -585,7 +585,7 @@ def _controls(self:QuantView):
     self.group_slider = W.SelectionSlider(options=GROUPS, value=48, description="group, 4 bits", continuous_update=False, layout=narrow("260px"), style=dict(description_width="90px"))
     self.sliders, self.grid = {}, W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="6px", width="100%"))
     self.layer_menu = W.Dropdown(description="layer", options=[], layout=narrow("220px"), style=dict(description_width="44px"))
-    self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="92px", description_width="64px"), layout=W.Layout(width="auto"))
+    self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="92px", description_width="74px"), layout=W.Layout(width="auto"))
     self.log_box = W.Checkbox(True, description="log counts", indent=False, layout=narrow("104px"))
     self.error_menu = W.Dropdown(description="error", options=list(ERRORS), layout=narrow("220px"), style=dict(description_width="44px"))
     self.plan_button = W.Button(description="Planned action", icon="crosshairs", tooltip="Error of the action that the planner arrives at, with the same noise", layout=narrow("140px"))
@@ -605,7 +605,7 @@ def _figures(self:QuantView):
     self.cells = {n: self._cell(p) for n, p in self.plots.items()} | dict(returns=W.Box(layout=W.Layout(width="100%", display="block")))
 
 @patch
-def _cell(self:QuantView, plot): return W.Box([plot.widget], layout=W.Layout(flex="1 1 400px", min_width="0", display="block", overflow="hidden"))
+def _cell(self:QuantView, plot): return W.Box([plot.widget], layout=W.Layout(flex="1 1 30%", min_width="400px", display="block", overflow="hidden"))
 
 @patch
 def _arrange(self:QuantView):
@@ -713,6 +713,7 @@ def _adopt(self:QuantView, bench, which, names, card):
         self.which, self.card, self.bench, self.compared, self.now = which, card, bench, ({}, []), None
         self.loaded = self.agent, which
         self.which_menu.options, self.which_menu.layout.display = names, "" if names else "none"
+        self.tasks_menu.value = ()  # The page would look for the old choice among new options
         self.tasks_menu.options, self.tasks_menu.value = card["known"], tuple(card["trained_tasks"][:3])
         self.budget_slider.min, self.budget_slider.max = 0, sizes[1]
         self.budget_slider.min, self.budget_slider.step = sizes[0], max(1, (sizes[1] - sizes[0]) // 200)

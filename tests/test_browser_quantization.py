@@ -1,9 +1,11 @@
 """explore_quantization in a real JupyterLab: every control moves something, quickly, in both themes and widths."""
 import re
-import time
+import shutil
+from pathlib import Path
 
 import pytest
 from lab import lab
+from processes import ROOT
 
 QUICK = """async ([figure, key]) => {
   // From a key on the focused slider to the last change of a figure, in milliseconds; the first painted frame after it counts
@@ -32,7 +34,6 @@ def test_quantization(lab, width, dark):
         plots = view.locator(".js-plotly-plot")
         layers, errors, ranking, histogram, plane, sizes, returns = (plots.nth(i) for i in range(7))
         page.shot("first")
-        box = lambda f: f.locator(".main-svg").first
         view.locator("button:text-is('int8')").click()
         # Sliders: one for each layer
         page.changes(layers, lambda: page.nudge(view, "dynamics.1", "ArrowLeft"))
@@ -51,23 +52,32 @@ def test_quantization(lab, width, dark):
         # Figures' own controls, and a click on the ranking
         view.locator("button:text-is('int4')").click()
         page.changes(histogram, lambda: page.choose(view, "layer", "dynamics.0"))
-        page.changes(histogram, lambda: view.locator("button:text-is('own steps')").click())
+        for units in ("weights", "own steps"): page.changes(histogram, lambda: view.locator(f"button:text-is('{units}')").click())
         page.shot("figures")
         page.changes(histogram, lambda: view.locator("button:text-is('scale 1.0')").click())
         page.changes(histogram, lambda: view.locator("label:has-text('log counts') input, .widget-checkbox input").first.click())
         page.changes(plane, lambda: page.choose(view, "error", "damage"))
         page.changes(histogram, lambda: ranking.locator(".scatterlayer .trace .points path").nth(3).click(force=True))
         # Planned action, return, save
-        page.press(view, "Planned action")
-        view.locator("text=Planned action: RMS error").wait_for(timeout=60_000)
-        page.choose(view, "acts by", "planner")
-        page.choose(view, "acts by", "policy")
+        if not dark:
+            page.press(view, "Planned action")
+            view.locator("text=Planned action: RMS error").wait_for(timeout=60_000)
+            page.choose(view, "acts by", "planner")
+            page.choose(view, "acts by", "policy")
         page.nudge(view, "episodes", "ArrowRight")
         page.changes(returns, lambda: page.press(view, "Return"), timeout=90)
-        view.locator("text=difference").first.wait_for(timeout=30_000)
+        page.show(".tdmpc-view .js-plotly-plot", 6)
+        page.shot("returns")
+        if dark:
+            page.no_errors()
+            page.fits()
+            return
         page.choose(view, "bits of row", "1 student mixed")
         page.press(view, "Save")
         view.locator("text=Saved").wait_for(timeout=20_000)
+        folder = Path(re.search(r"Saved (\S+) ", view.locator("text=Saved").text_content())[1]).parent
+        assert folder.parent == ROOT/"runs" and {p.name for p in folder.iterdir()} == {"student-by-hand.safetensors", "student-by-hand_policy.safetensors"}
+        shutil.rmtree(folder)
         # Agents: another one, a quantized one, one that is not there
         page.choose(view, "agent", "student int4")
         view.locator("text=quantized already").wait_for(timeout=20_000)

@@ -114,7 +114,7 @@ def test_figures_say_what_the_numbers_say(bench):
     a = bench.assess(preset_bits("int4", bench.layers))
     for dark in (False, True):
         kb, db = layers_figure(a, "dynamics.1", dark).data
-        assert sum(kb.x) == pytest.approx(sum(r["bytes"] for r in a.layers) / 1e3) and list(db.x) == [min(r["SQNR"], 100.) for r in a.layers]
+        assert sum(kb.x) == pytest.approx(sum(r["bytes"] for r in a.layers) / 1e3) and list(db.x) == [min(r["SQNR"], 80.) for r in a.layers]
         assert len(set(kb.marker.color)) == 2  # Four bits and eight
     assert list(sizes_figure(a).data[0].customdata) == [4 * a.numbers, 2 * a.numbers, a.nbytes, a.policy_nbytes]
     assert not sizes_figure(a).layout.shapes and len(BUDGETS) == 3  # Budgets of a million parameters say nothing about a tiny model
