@@ -339,7 +339,7 @@ def sizes_figure(
     fits = BUDGETS if 1 < 4 * a.numbers / 1e6 < 30 else {}
     bar = dict(type="bar", orientation="h", y=list(sizes), x=[v / 1e6 for v in sizes.values()], width=0.6, marker=dict(color=[grey, grey, now, _ink(now, 0.55)]),
         customdata=list(sizes.values()), hovertemplate="%{y}: %{customdata:,} bytes<extra></extra>", showlegend=False)
-    return Parts("Size, and the budgets of a 1M model" if fits else "Size", [bar], dict(margin=dict(l=104, t=66), yaxis=dict(autorange="reversed", showgrid=False, tickvals=list(sizes), ticktext=[f"{n}<br><b>{v / 1e6:.3g} MB</b>" for n, v in sizes.items()]), xaxis=dict(title_text="MB", range=[0, 4 * a.numbers / 1e6 * 1.05]),
+    return Parts("Size, and the budgets of a 1M model" if fits else "Size", [bar], dict(margin=dict(l=112, t=66), yaxis=dict(autorange="reversed", showgrid=False, tickvals=list(sizes), ticktext=[f"{n}<br><b>{v / 1e6:.3g} MB</b>" for n, v in sizes.items()]), xaxis=dict(title_text="MB", range=[0, 4 * a.numbers / 1e6 * 1.05]),
         shapes=[dict(type="line", x0=mb, x1=mb, yref="paper", y0=0, y1=1, line=dict(color=mark, width=1.5, dash="dot")) for mb in fits.values()],
         annotations=[dict(x=mb, y=1, yref="paper", yanchor="bottom", yshift=14 * (i % 2), text=f"{n} {mb:g}", showarrow=False, font=dict(color=mark, size=11)) for i, (n, mb) in enumerate(fits.items())]), dark)
 
@@ -410,8 +410,9 @@ def plane_figure(
         at(named.values()) | dict(mode="markers+text", name="presets", text=list(named), textposition=["bottom left" if n in ("int8", "fp16") else "top right" for n in named], textfont=dict(color=ink["text"]), marker=dict(color=series(7, dark), size=9), hovertemplate="%{text}: %{x:.3g} MB, %{y:.3g}<extra></extra>"),
         at([a]) | dict(mode="markers", name="these bits", marker=dict(symbol="star", size=18, color=series(0, dark), line=dict(color=ink["text"], width=1)), hovertemplate="%{x:.3g} MB: %{y:.3g}<extra>these bits</extra>")]
     y, ticks = [v for x in (*named.values(), *curve, a) if (v := _error(x, what)) is not None] or [0.01, 1.], [m * 10.**k for k in range(-6, 3) for m in (1, 3)]
+    low, high = float(np.floor(4 * np.log10(min(y))) / 4), float(np.ceil(4 * np.log10(max(y))) / 4)
     return Parts("Size against error", traces, dict(margin=dict(l=66, t=66), xaxis=dict(title_text="MB"), yaxis=dict(type="log", title_text=ERRORS[what][1], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks],
-        range=[float(np.floor(4 * np.log10(min(y))) / 4) - 0.1, float(np.ceil(4 * np.log10(max(y))) / 4) + 0.15])), dark)
+        range=[low - 0.1 * (high - low), high + 0.1 * (high - low)])), dark)
 
 # %% ../nbs/56_quant_view.ipynb #1236d16b
 UNITS = ("weights", "own steps", "scale 1.0")

@@ -57,7 +57,8 @@ def test_quantization(lab, width, dark):
         page.changes(histogram, lambda: view.locator("button:text-is('scale 1.0')").click())
         page.changes(histogram, lambda: view.locator("label:has-text('log counts') input, .widget-checkbox input").first.click())
         page.changes(plane, lambda: page.choose(view, "error", "damage"))
-        page.changes(histogram, lambda: ranking.locator(".scatterlayer .trace .points path").nth(3).click(force=True))
+        page.changes(histogram, lambda: ranking.locator(".scatterlayer .trace .points path").first.click(force=True))
+        assert view.locator(".widget-dropdown:has(.widget-label:text-is('layer')) select").input_value() == "encoder.0"  # The worst one is on top
         # Planned action, return, save
         if not dark:
             page.press(view, "Planned action")
