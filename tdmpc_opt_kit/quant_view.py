@@ -614,6 +614,8 @@ def _arrange(self:QuantView):
     self.layout(W.HTML(_css, layout=W.Layout(display="none")), controls(self.agent_menu, self.which_menu, self.box.widget, self.again), controls(self.presets, self.budget_slider, self.group_slider), self.grid, self.head,
         controls(self.layer_menu, self.units_menu, self.log_box, self.error_menu, self.plan_button), rows("layers", "errors", "ranking", "histogram", "plane", "sizes"),
         controls(self.tasks_menu, W.VBox([controls(self.episodes_slider, self.mode_menu), controls(self.return_button, self.save_button, self.recall)], layout=W.Layout(flex="1 1 400px"))), self.table, self.cells["returns"])
+    *rows, status, theme = self.widget.children  # The view is higher than a window: what it says stands where one looks, under the sliders and under the buttons
+    self.widget.children = [*rows[:4], status, *rows[4:-2], status, *rows[-2:], theme]
 
 # %% ../nbs/56_quant_view.ipynb #757cdf9f
 @patch

@@ -48,7 +48,7 @@ def test_quantization(lab, width, dark):
         page.changes(layers, lambda: page.nudge(view, "budget, kB", "PageUp", 2))
         view.locator("button:text-is('all 4')").click()
         page.changes(sizes, lambda: page.nudge(view, "group, 4 bits", "ArrowLeft", 2))
-        view.locator("text=Measured on").wait_for(timeout=30_000)
+        view.locator("text=Measured on").first.wait_for(timeout=30_000)
         # Figures' own controls, and a click on the ranking
         view.locator("button:text-is('int4')").click()
         page.changes(histogram, lambda: page.choose(view, "layer", "dynamics.0"))
@@ -62,7 +62,7 @@ def test_quantization(lab, width, dark):
         # Planned action, return, save
         if not dark:
             page.press(view, "Planned action")
-            view.locator("text=Planned action: RMS error").wait_for(timeout=60_000)
+            view.locator("text=Planned action: RMS error").first.wait_for(timeout=60_000)
             page.choose(view, "acts by", "planner")
             page.choose(view, "acts by", "policy")
         page.nudge(view, "episodes", "ArrowRight")
@@ -75,22 +75,22 @@ def test_quantization(lab, width, dark):
             return
         page.choose(view, "bits of row", "1 student mixed")
         page.press(view, "Save")
-        view.locator("text=Saved").wait_for(timeout=20_000)
-        folder = Path(re.search(r"Saved (\S+) ", view.locator("text=Saved").text_content())[1]).parent
+        view.locator("text=Saved").first.wait_for(timeout=20_000)
+        folder = Path(re.search(r"Saved (\S+) ", view.locator("text=Saved").first.text_content())[1]).parent
         assert folder.parent == ROOT/"runs" and {p.name for p in folder.iterdir()} == {"student-by-hand.safetensors", "student-by-hand_policy.safetensors"}
         shutil.rmtree(folder)
         # Agents: another one, a quantized one, one that is not there
         page.choose(view, "agent", "student int4")
-        view.locator("text=quantized already").wait_for(timeout=20_000)
+        view.locator("text=quantized already").first.wait_for(timeout=20_000)
         view.locator("input[placeholder*='checkpoint']").fill("nothing.pt")
         page.press(view, "Add")
-        view.locator("text=There is no agent 'nothing.pt'").wait_for(timeout=10_000)
+        view.locator("text=There is no agent 'nothing.pt'").first.wait_for(timeout=10_000)
         page.choose(view, "agent", "teachers")
-        view.locator("text=Measured on").wait_for(timeout=60_000)
+        view.locator("text=Measured on").first.wait_for(timeout=60_000)
         page.changes(layers, lambda: page.choose(view, "model of", "walker-walk"))
-        view.locator("text=Measured on").wait_for(timeout=60_000)
+        view.locator("text=Measured on").first.wait_for(timeout=60_000)
         page.press(view, "Measure anew")
-        view.locator("text=Measured on").wait_for(timeout=60_000)
+        view.locator("text=Measured on").first.wait_for(timeout=60_000)
         page.shot()
         page.no_errors()
         page.fits()
