@@ -718,9 +718,11 @@ def _adopt(self:QuantView, bench, which, names, card):
         self.which_menu.options, self.which_menu.layout.display = names, "" if names else "none"
         self.tasks_menu.value = ()  # The page would look for the old choice among new options
         self.tasks_menu.options, self.tasks_menu.value = card["known"], tuple(card["trained_tasks"][:3])
-        self.budget_slider.min, self.budget_slider.max = 0, sizes[1]
-        self.budget_slider.min, self.budget_slider.step = sizes[0], max(1, (sizes[1] - sizes[0]) // 200)
-        if not sizes[0] < self.budget < sizes[1]: self.budget = int(np.sqrt(sizes[0] * sizes[1]))
+        step = max(1, (sizes[1] - sizes[0]) // 200)
+        low, high = -(-sizes[0] // step) * step, sizes[1] // step * step
+        self.budget_slider.min, self.budget_slider.max = 0, high
+        self.budget_slider.min, self.budget_slider.step = low, step
+        self.budget = (self.budget if low < self.budget < high else int(np.sqrt(low * high))) // step * step  # The page would move a slider that stands between its steps, as if somebody had
         if self.preset not in PRESETS: self.preset = "int8"
         self.bits, self.layer = preset_bits(self.preset, bench.layers), self.layer if self.layer in bench.layers else bench.layers[min(4, len(bench.layers) - 1)]
         self.layer_menu.options = bench.layers

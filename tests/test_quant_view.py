@@ -139,6 +139,8 @@ def test_a_plot_sends_only_what_differs(bench, monkeypatch):
 def view():
     v = QuantView(wait=True, tasks="cup-catch,pendulum-spin", **SHORT)
     assert "Measured on 16 slices" in v.message
+    s = v.budget_slider
+    assert s.value == 1000 and s.min % s.step == s.value % s.step == s.max % s.step == 0
     return v
 
 
@@ -273,6 +275,8 @@ def test_saved_file_is_the_model(view, tmp_path, monkeypatch):
 def test_specialists_and_files(tmp_path):
     view = QuantView("teachers", wait=True, **SHORT)
     assert view.which in view.which_menu.options and len(view.which_menu.options) == 14 and view.which_menu.layout.display == "", view.message
+    s = view.budget_slider
+    assert s.min % s.step == s.value % s.step == s.max % s.step == 0 and view.preset == "int8"  # Or the page would move the slider
     nbytes, was = view.now.numbers, view.which
     view.which = "walker-walk"
     view.job.wait()
