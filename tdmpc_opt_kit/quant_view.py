@@ -10,7 +10,7 @@ __all__ = ['NETS', 'OFFERED', 'GROUPS', 'PRESETS', 'BUDGETS', 'ERRORS', 'UNITS',
            'headline']
 
 # %% ../nbs/56_quant_view.ipynb #7bc15f66
-import copy, threading, time
+import copy, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -480,6 +480,7 @@ class Played:
     episodes:int         # Of each
     mode:str             # "policy" or "planner"
     equality:Equality    # Beside float32 on the same starts
+    max_steps:int=EPISODE_LENGTH # Decisions of an episode
 
 def in_words(
     bits, # Layer -> bits
@@ -500,7 +501,7 @@ def played_table(
     for i, p in enumerate(played, 1):
         d, (now, whole) = p.equality.difference, p.equality.returns
         error = "" if p.a.errors is None else f"{p.a.errors['action']:.4f}"
-        rows.append((i, f"<b>{escape(p.name)}</b>: {escape(in_words(p.a.bits))}" + f", groups of {p.a.group}" * (4 in p.a.bits.values()), f"{p.a.nbytes / 1e6:.3f}", error, f"{p.mode}, {len(p.tasks)} task{'s' * (len(p.tasks) > 1)} x {p.episodes}",
+        rows.append((i, f"<b>{escape(p.name)}</b>: {escape(in_words(p.a.bits))}" + f", groups of {p.a.group}" * (4 in p.a.bits.values()), f"{p.a.nbytes / 1e6:.3f}", error, f"{p.mode}, {len(p.tasks)} task{'s' * (len(p.tasks) > 1)} x {p.episodes}" + f", {p.max_steps} decisions" * (p.max_steps != EPISODE_LENGTH),
             f"{whole:.1f}", f"{now:.1f}", f"{d.mean:+.1f}", "one episode: none" if d.low is None else f"{d.low:+.1f} to {d.high:+.1f}" + " (over tasks)" * (d.kind == "tasks"), "yes" if p.equality.equal else "not shown"))
     cell = lambda tag, i, v: f'<{tag} style="padding: 2px 10px; text-align: {"left" if i == 1 else "right"}; border-bottom: 1px solid var(--jp-border-color2, #9ca3af); line-height: 1.35">{v}</{tag}>'
     line = lambda tag, r: "<tr>" + "".join(cell(tag, i, v) for i, v in enumerate(r)) + "</tr>"
@@ -943,7 +944,7 @@ def play(self:QuantView, wait=False):
             if n == "float32": self.floats[whole] = report
         return equal_return(report, self.floats[whole])
     def then(e):
-        self.played.append(Played(name, now, tasks, episodes, mode, e))
+        self.played.append(Played(name, now, tasks, episodes, mode, e, kw["max_steps"]))
         self._show_played()
         self.say(f"{name}: {e}", "good")
     self.job.start(work, then, wait)

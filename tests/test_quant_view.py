@@ -226,7 +226,7 @@ def test_returns_are_paired_and_kept(view):
     view.play(wait=True)
     assert len(view.played) == n + 2 and view.played[-1].a.bits == view.bits and view.recall.layout.display == ""
     assert view.played[-1].equality.returns[1] == view.played[-2].equality.returns[1]  # float32 was played once, from the same starts
-    assert "all 4" in view.table.value and in_words(view.bits) in view.table.value and len(view.plots["returns"].widget.data[0].x) == len(view.played)
+    assert "all 4" in view.table.value and "1 task x 2, 12 decisions" in view.table.value and in_words(view.bits) in view.table.value and len(view.plots["returns"].widget.data[0].x) == len(view.played)
     view.recall.value = n + 1
     assert view.preset == "fp16" == view.presets.value
     view.mode_menu.value = "planner"
