@@ -47,9 +47,9 @@ class Decision:
     state:PlanState       # For the next decision's warm start
     ms:float|None=None    # Milliseconds a plan, where it was timed
     @property
-    def counting(self) -> float:
-        "How many elites the last mean is made of: one over the sum of squared weights."
-        return float(1 / np.square(self.weights[-1]).sum())
+    def counting(self) -> np.ndarray: # `[I]`
+        "How many elites the mean after each round is made of: one over the sum of squared weights."
+        return 1 / np.square(self.weights).sum(1)
 
 # %% ../nbs/54_planner_view.ipynb #f561b5aa
 @torch.no_grad()
@@ -345,6 +345,7 @@ def horizon_figure(
 # %% ../nbs/54_planner_view.ipynb #4b9778bd
 def comparison(
     plans:dict, # Name -> `Decision` or None; the first one tells what the policy would do
+    i:int=0,    # Round that elites are counted in
     names=None, # Of the actuators
 ) -> str:       # HTML
     "A table of actions, predicted returns, elites that count, and times."
@@ -354,13 +355,13 @@ def comparison(
     row = lambda name, *what: "<tr>" + cell(escape(name), "th", "left") + "".join(map(cell, what)) + "</tr>"
     signed = lambda v: f"{v:+.2f}".replace("-", "−")
     rows = [row(n, *(signed(d.action[k]) for d in plans.values()), signed(now.policy[0, k])) for k, n in enumerate(_names(now, names))]
-    rows += [row("predicted return", *(f"{d.returns['plan']:.2f}" for d in plans.values()), f"{now.returns['policy']:.2f}"), row("elites that count", *(f"{d.counting:.1f} of {d.cfg.num_elites}" for d in plans.values()), ""),
+    rows += [row("predicted return", *(f"{d.returns['plan']:.2f}" for d in plans.values()), f"{now.returns['policy']:.2f}"), row(f"elites that count in round {i + 1}", *(f"{d.counting[i]:.1f} of {d.cfg.num_elites}" if i < d.cfg.iterations else "" for d in plans.values()), ""),
              row("time a plan", *("…" if d.ms is None else f"{d.ms:.0f} ms" for d in plans.values()), "")]
     return '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums; line-height: 1.4">' + row("", *(f"<b>{escape(n)}</b>" for n in (*plans, "policy"))) + "".join(rows) + "</table>"
 
 # %% ../nbs/54_planner_view.ipynb #9a2d4d88
 FIELDS = ("iterations", "num_samples", "num_elites", "horizon", "temperature", "num_pi_trajs", "anchor", "min_std", "max_std")
-_LADDERS = dict(num_samples=(8, 16, 32, 64, 128, 256, 512, 1024, 2048), num_elites=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), temperature=(0., 0.05, 0.1, 0.2, 0.5, 1., 2., 5., 10., 20.), num_pi_trajs=(0, 1, 2, 4, 8, 16, 24, 48, 96),
+_LADDERS = dict(num_samples=(8, 16, 32, 64, 128, 256, 512, 1024, 2048), num_elites=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), temperature=(0., 0.05, 0.1, 0.2, 0.5, 1., 2., 5., 10., 20., 50.), num_pi_trajs=(0, 1, 2, 4, 8, 16, 24, 48, 96),
     anchor=(0., 1., 2., 5., 10., 20., 40., 60., 100., 200., 500.), min_std=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5), max_std=(0.2, 0.5, 1., 2., 4.))
 _TIPS = dict(iterations="Rounds of sampling", num_samples="Candidates a round, those of the policy included", num_elites="Best candidates, which decide where the next round samples", horizon="Imagined decisions",
     temperature="Larger: the best elites weigh more", num_pi_trajs="Candidates that the policy rolls out", anchor="What a candidate loses for each unit of mean squared distance from the policy's", min_std="Sampling never gets narrower", max_std="The first round's deviation")
@@ -474,7 +475,7 @@ def _arrange(self:PlannerView):
     left = W.VBox([wrap(scene, where), wrap(*self.presets.values()), wrap(*(s[f] for f in FIELDS)), wrap(self.pinning), self.numbers], layout=W.Layout(flex="1 1 350px", min_width="0"))
     small = W.GridBox([self.figures[n] for n in ("moves", "returns", "horizon")], layout=W.Layout(grid_template_columns="repeat(auto-fit, minmax(min(100%, 390px), 1fr))", width="100%"))
     right = W.VBox([wrap(s["shown"], self.player, s["imagined"]), self.figures["samples"], small], layout=W.Layout(flex="1000 1 640px", min_width="0"))
-    self.layout(wrap(self.menus["agent"], self.menus["task"], self.box.widget), W.Box([left, right], layout=W.Layout(display="flex", flex_flow="row wrap", gap="4px 18px", width="100%")))
+    self.layout(wrap(self.menus["agent"], self.menus["task"], self.box.widget), W.Box([left, right], layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="4px 18px", width="100%")))
 
 # %% ../nbs/54_planner_view.ipynb #dda49d71
 @patch
@@ -621,6 +622,7 @@ def _looked(self:PlannerView, name):
             for n, marks in dict(moves=2, returns=1).items():
                 with self.figures[n].batch_update():
                     for s in self.figures[n].layout.shapes[:marks]: s.update(x0=i + 1, x1=i + 1)
+            self._tell_numbers()
 
 # %% ../nbs/54_planner_view.ipynb #4ea91f44
 @patch
@@ -634,7 +636,7 @@ def _pin(self:PlannerView):
 
 @patch
 def _tell_numbers(self:PlannerView):
-    self.numbers.value = comparison(dict(now=self.decision, before=self.before, pinned=self.pin), self.names)
+    self.numbers.value = comparison(dict(now=self.decision, before=self.before, pinned=self.pin), self.shown - 1, self.names)
 
 @patch
 def _say_what_changed(self:PlannerView):

@@ -74,9 +74,9 @@ def test_predicted_return_is_the_planners(student):
     assert promised == pytest.approx(again, abs=1e-4) == pytest.approx(d.returns["policy"], abs=1e-4)
 
 def test_temperature_keeps_the_samples(student):
-    cold, hot = (decision(student, "cup-catch", OBS, plan_config("reduced", temperature=t)) for t in (0., 10.))
+    cold, hot = (decision(student, "cup-catch", OBS, plan_config("reduced", temperature=t)) for t in (0., 1000.))
     np.testing.assert_array_equal(cold.candidates[0], hot.candidates[0])
-    assert cold.counting == pytest.approx(16) and hot.counting < 8
+    assert cold.counting == pytest.approx(16, rel=1e-4) and hot.counting[0] < 8
 
 def test_timing_ends_when_told(anybody):
     asked = []
@@ -84,7 +84,7 @@ def test_timing_ends_when_told(anybody):
     assert len(asked) == 2
 
 def test_wrong_questions(student):
-    with pytest.raises(ConfigError, match="fish-swim"): decision(student, "fish-swim", OBS)
+    with pytest.raises(ConfigError, match="No model for fish-swim"): decision(agent_models("teachers"), "fish-swim", OBS)
     with pytest.raises(ConfigError, match="policy alone"): decision(agent_models(str(data_dir()/"students"/"student_policy_fp16.safetensors")), "cup-catch", OBS)
 
 # ---------------------------------------------------------------- figures
@@ -125,7 +125,7 @@ def test_all_candidates_are_elites(anybody):
     assert len(samples_figure(d, 0, 0).data[0].x) == 0
 
 def test_table(both):
-    table = comparison(dict(now=both[0], before=both[1], pinned=None), [f"<{k}>" for k in "abcdef"])
+    table = comparison(dict(now=both[0], before=both[1], pinned=None), 4, [f"<{k}>" for k in "abcdef"])
     assert table.count("<tr>") == 1 + 6 + 3 and "&lt;a&gt;" in table and "…" in table
 
 # ---------------------------------------------------------------- the view
@@ -260,12 +260,14 @@ def test_tasks_and_agents(view):
     assert view.task == "cup-spin" == view.menus["task"].value and view.menus["task"].options == ("cup-spin",), "the only task that it knows"
 
 def test_wrong_agents_and_tasks(view):
+    view.agent = "teachers"
+    view.wait()
     d = view.decision
-    for trait, value, said in (("agent", "studnet", "There is no agent 'studnet'"), ("agent", str(data_dir()/"students"/"student_policy_fp16.safetensors"), "is a policy alone, so nobody can plan with it"), ("task", "fish-swim", "task: student does not know 'fish-swim'; it knows walker-stand"), ("task", "nonsense", "does not know 'nonsense'")):
+    for trait, value, said in (("agent", "studnet", "There is no agent 'studnet'"), ("agent", str(data_dir()/"students"/"student_policy_fp16.safetensors"), "is a policy alone, so nobody can plan with it"), ("task", "fish-swim", "task: teachers does not know 'fish-swim'; it knows walker-stand"), ("task", "nonsense", "does not know 'nonsense'")):
         setattr(view, trait, value)
         view.wait()
         assert said in view.message and view.decision is d
-        assert (view.agent, view.task, view.menus["agent"].value, view.menus["task"].value) == ("student", "cup-catch", "student", "cup-catch")
+        assert (view.agent, view.task, view.menus["agent"].value, view.menus["task"].value) == ("teachers", "cup-catch", "teachers", "cup-catch")
     view.temperature = 1.
     assert view.wait().decision.cfg.temperature == 1., "and it goes on"
 
