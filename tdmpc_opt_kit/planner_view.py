@@ -173,11 +173,13 @@ def play(
     if not draws: env.close()
     return Episode(np.stack(x), np.array(reward), list(states), names, env if draws else None)
 
-# %% ../nbs/54_planner_view.ipynb #a484a413
+# %% ../nbs/54_planner_view.ipynb #5d89aadb
+_HEIGHTS = dict(samples=490, moves=350, returns=350, horizon=350)  # Pixels, the same for every task: a figure on the page whose height is changed would keep its width for good
+
 def _grid(
     A:int, # Action dimensions
 ) -> tuple: # Rows, columns
-    return (1, A) if A <= 3 else (2, math.ceil(A / 2))
+    return (1, A) if A <= 2 else (2, math.ceil(A / 2))
 
 def _names(
     d:Decision,
@@ -198,6 +200,13 @@ def _what(
     d:Decision,
 ) -> str: # For an axis
     return "predicted return" + (" − anchor" if d.cfg.anchor else "")
+
+def _below(
+    fig,        # Themed
+    margin:int, # Pixels under the plot
+) -> go.Figure:
+    "The legend at the lower edge, where it may take two rows."
+    return fig.update_layout(margin=dict(t=40, b=margin), legend=dict(yref="container", y=0, yanchor="bottom", font_size=11))
 
 def _clear(
     colour:str, # "#rrggbb"
@@ -232,7 +241,7 @@ def _sampled(
             m = float(ghost.mean[-1, h, k])
             shapes.append(both | dict(type="line", x0=m, x1=m, line=dict(color=series(3, dark), width=2, dash="dot"), name="pinned plan's mean", showlegend=first))
     drawn = f"{len(some)} of {len(rest):,}" if len(some) < len(rest) else f"all {len(rest):,}"
-    return traces, shapes, f"Round {i + 1} of {d.cfg.iterations}, imagined decision {h + 1} of {d.cfg.horizon}: {d.cfg.num_elites} elites, {P} samples of the policy, {drawn} others drawn"
+    return traces, shapes, f"Round {i + 1} of {d.cfg.iterations}, imagined decision {h + 1} of {d.cfg.horizon}: {d.cfg.num_elites} elites, {P} of the policy, {drawn} others"
 
 # %% ../nbs/54_planner_view.ipynb #6f5b9cd5
 def samples_figure(
@@ -251,15 +260,15 @@ def samples_figure(
              ("the policy's samples", dict(size=7, symbol="diamond-open", color=series(1, dark), line_width=1.5), ""))
     fig.add_traces([go.Scatter(mode="markers", name=name, legendgroup=name, showlegend=n < 3 and len(t["x"]) > 0, marker=marker, hovertemplate="action %{x:.2f}, " + what + " %{customdata:.2f}" + more + f"<extra>{name}</extra>",
         xaxis=f"x{n // 3 + 1 if n > 2 else ''}", yaxis=f"y{n // 3 + 1 if n > 2 else ''}", **t) for n, t in enumerate(traces) for name, marker, more in looks[n % 3:n % 3 + 1]])
-    themed(fig, title, 140 + 215 * rows, dark, shapes=shapes)
+    themed(fig, title, _HEIGHTS["samples"], dark, shapes=shapes)
     fig.update_xaxes(range=[-1.08, 1.08], tickvals=[-1, -0.5, 0, 0.5, 1], title_standoff=4, title_font_size=12).update_yaxes(range=_span(d), title_standoff=4, title_font_size=12)
     for k, name in enumerate(_names(d, names)):
         axis = "" if k == 0 else k + 1
         fig.layout[f"xaxis{axis}"].title.text = f"{name} (−1 to 1)"
         if k % cols: fig.layout[f"yaxis{axis}"].showticklabels = False
         else: fig.layout[f"yaxis{axis}"].title.text = what
-    fig.layout.margin.t, fig.layout.legend.itemclick, fig.layout.legend.itemdoubleclick, fig.layout.legend.y = 84, False, False, 1.02
-    return fig
+    fig.layout.legend.itemclick = fig.layout.legend.itemdoubleclick = False
+    return _below(fig, 84)
 
 # %% ../nbs/54_planner_view.ipynb #c5e784f3
 def _moved(d:Decision, h:int, ghost:Decision|None) -> list:
@@ -282,13 +291,14 @@ def moves_figure(
         line=dict(color=series(k, dark), **(dict(width=2) if p is d else dict(width=1.5, dash="dot"))), opacity=1 if p is d else 0.8, marker_size=5, hovertemplate="after round %{x}: %{y:.3f}<extra>" + names[k] + (", pinned" if p is not d else "") + "</extra>")
         for p, k, axis, y in _moved(d, h, ghost)])
     line = lambda axis, **at: dict(type="line", xref=f"x{axis}", yref=f"y{axis} domain", y0=0, y1=1, line=dict(color=INK[dark]["faint"], width=1.5)) | at
-    themed(fig, _moves_title(h), 330, dark, shapes=[line("", x0=i + 1, x1=i + 1), line("2", x0=i + 1, x1=i + 1), line("2", xref="x2 domain", yref="y2", x0=0, x1=1, y0=d.cfg.min_std, y1=d.cfg.min_std, line=dict(color=INK[dark]["axis"], width=1.5, dash="dot"))])
+    themed(fig, _moves_title(h), _HEIGHTS["moves"], dark, shapes=[line("", x0=i + 1, x1=i + 1), line("2", x0=i + 1, x1=i + 1), line("2", xref="x2 domain", yref="y2", x0=0, x1=1, y0=d.cfg.min_std, y1=d.cfg.min_std, line=dict(color=INK[dark]["axis"], width=1.5, dash="dot"))])
     last = max(d.cfg.iterations, ghost.cfg.iterations if ghost else 0)
     fig.update_xaxes(title_text="round", range=[-0.2, last + 0.2], dtick=1 if last <= 8 else 2, title_standoff=4)
     fig.update_yaxes(title_text="mean (action, −1 to 1)", range=[-1.08, 1.08], title_standoff=4, row=1, col=1)
     low, high = min(p.cfg.min_std for p in (d, ghost) if p), max(p.cfg.max_std for p in (d, ghost) if p)
     ticks = [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low / 1.3 <= t <= high * 1.3]
-    return fig.update_yaxes(title_text="deviation (action units)", type="log", range=[math.log10(low / 1.25), math.log10(high * 1.25)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], title_standoff=4, row=1, col=2).update_layout(legend_font_size=11)
+    fig.update_yaxes(title_text="deviation (action units)", type="log", range=[math.log10(low / 1.25), math.log10(high * 1.25)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], title_standoff=4, row=1, col=2)
+    return _below(fig, 96)
 
 # %% ../nbs/54_planner_view.ipynb #e479c191
 def returns_figure(
@@ -310,13 +320,15 @@ def returns_figure(
     if P:
         shift = np.linspace(-0.12, 0.12, P)
         fig.add_scatter(x=(np.array(x)[:, None] + shift).ravel(), y=d.values[:, :P].ravel(), mode="markers", marker=dict(size=4, symbol="diamond-open", color=orange, opacity=0.8), name="the policy's samples", hovertemplate="%{y:.2f}<extra>policy</extra>")
+    low, high = _span(d)
     if ghost is not None:
         theirs = (np.take_along_axis(ghost.values, ghost.elites, 1) * ghost.weights).sum(1)
         fig.add_scatter(x=list(range(1, len(theirs) + 1)), y=theirs, mode="lines", line=dict(color=series(3, dark), width=2, dash="dot"), name="pinned plan's elites", hovertemplate="round %{x}: %{y:.2f}<extra>pinned</extra>")
-    themed(fig, "What it hopes for", 330, dark).add_vline(x=i + 1, line=dict(color=ink["faint"], width=1.5))
+        low, high = min(low, theirs.min()), max(high, theirs.max())
+    themed(fig, "What it hopes for", _HEIGHTS["returns"], dark, shapes=[dict(type="line", x0=i + 1, x1=i + 1, y0=0, y1=1, yref="y domain", line=dict(color=ink["faint"], width=1.5))])
     last = max(d.cfg.iterations, ghost.cfg.iterations if ghost else 0)
     fig.update_xaxes(title_text="round", range=[0.7, last + 0.3], dtick=1 if last <= 8 else 2, title_standoff=4)
-    return fig.update_yaxes(title_text=_what(d) + " (sum of rewards)", title_standoff=4).update_layout(legend_font_size=11)
+    return _below(fig.update_yaxes(title_text=_what(d), range=[low, high], title_standoff=4), 96)
 
 # %% ../nbs/54_planner_view.ipynb #f2d8b0c6
 def horizon_figure(
@@ -327,20 +339,19 @@ def horizon_figure(
     dark:bool=False,
 ) -> go.Figure:
     "Planned actions over the horizon."
-    fig, A, x = go.Figure(), d.action.shape[-1], np.arange(1, d.cfg.horizon + 1)
+    A, traces = d.action.shape[-1], []
     for k, name in enumerate(_names(d, names)):
-        colour, at = series(k, dark), x + 0.62 * ((k + 0.5) / A - 0.5)
-        if ghost is not None:
-            far = np.arange(1, ghost.cfg.horizon + 1) + 0.62 * ((k + 0.5) / A - 0.5)
-            fig.add_scatter(x=far, y=ghost.mean[-1, :, k], mode="markers", marker=dict(symbol="line-ew-open", size=11, color=colour, line_width=2), opacity=0.7, name="pinned", legendgroup="pinned", showlegend=k == 0, hovertemplate="%{y:.2f}<extra>" + name + ", pinned</extra>")
-        fig.add_scatter(x=at, y=d.policy[:, k], mode="markers", marker=dict(symbol="diamond-open", size=9, color=colour, line_width=1.5), name="policy", legendgroup="policy", showlegend=k == 0, hovertemplate="%{y:.2f}<extra>" + name + ", policy</extra>")
-        fig.add_scatter(x=at, y=d.mean[-1, :, k], mode="markers", marker=dict(size=7, color=colour), error_y=dict(array=d.std[-1, :, k], thickness=1.5, width=0), name="plan, mean ± deviation", legendgroup="plan", showlegend=k == 0, hovertemplate="%{y:.2f}<extra>" + name + ", plan</extra>")
-        fig.add_scatter(x=at[:1], y=d.action[k:k + 1], mode="markers", marker=dict(symbol="star", size=10, color=colour, line=dict(width=1, color=INK[dark]["text"])), name="taken", legendgroup="taken", showlegend=k == 0, hovertemplate="%{y:.2f}<extra>" + name + ", taken</extra>")
-    themed(fig, "What it plans", 330, dark)
+        def points(label, y, marker, **more):
+            at = np.arange(1, len(y) + 1) + 0.62 * ((k + 0.5) / A - 0.5)  # Beside each other
+            traces.append(go.Scatter(x=at, y=y, mode="markers", marker=dict(color=series(k, dark)) | marker, name=label, legendgroup=label, showlegend=k == 0, hovertemplate="%{y:.2f}<extra>" + f"{name}, {label}</extra>", **more))
+        if ghost is not None: points("pinned", ghost.mean[-1, :, k], dict(symbol="line-ew-open", size=11, line_width=2), opacity=0.7)
+        points("policy", d.policy[:, k], dict(symbol="diamond-open", size=9, line_width=1.5))
+        points("plan, mean ± deviation", d.mean[-1, :, k], dict(size=7), error_y=dict(array=d.std[-1, :, k], thickness=1.5, width=0))
+        points("taken", d.action[k:k + 1], dict(symbol="star", size=10, line=dict(width=1, color=INK[dark]["text"])))
+    fig = themed(go.Figure(traces), "What it plans", _HEIGHTS["horizon"], dark, shapes=[dict(type="rect", x0=h + 0.6, x1=h + 1.4, y0=0, y1=1, yref="y domain", line_width=0, fillcolor=INK[dark]["band"], layer="below")])
     last = max(d.cfg.horizon, ghost.cfg.horizon if ghost else 0)
-    fig.add_shape(type="rect", x0=h + 0.6, x1=h + 1.4, y0=0, y1=1, yref="y domain", line_width=0, fillcolor=INK[dark]["band"], layer="below")
     fig.update_xaxes(title_text="imagined decision", range=[0.5, last + 0.5], dtick=1, showgrid=False, title_standoff=4)
-    return fig.update_yaxes(title_text="action (−1 to 1)", range=[-1.12, 1.12], title_standoff=4).update_layout(legend_font_size=11)
+    return _below(fig, 96).update_yaxes(title_text="action (−1 to 1)", range=[-1.12, 1.12], title_standoff=4)
 
 # %% ../nbs/54_planner_view.ipynb #4b9778bd
 def comparison(
@@ -351,11 +362,11 @@ def comparison(
     "A table of actions, predicted returns, elites that count, and times."
     plans = {n: d for n, d in plans.items() if d is not None}
     now = next(iter(plans.values()))
-    cell = lambda v, tag="td", side="right": f'<{tag} style="padding: 0 9px; text-align: {side}; white-space: nowrap">{v}</{tag}>'
+    cell = lambda v, tag="td", side="right": f'<{tag} style="padding: 0 8px; text-align: {side}; white-space: nowrap">{v}</{tag}>'
     row = lambda name, *what: "<tr>" + cell(escape(name), "th", "left") + "".join(map(cell, what)) + "</tr>"
     signed = lambda v: f"{v:+.2f}".replace("-", "−")
-    rows = [row(n, *(signed(d.action[k]) for d in plans.values()), signed(now.policy[0, k])) for k, n in enumerate(_names(now, names))]
-    rows += [row("predicted return", *(f"{d.returns['plan']:.2f}" for d in plans.values()), f"{now.returns['policy']:.2f}"), row(f"elites that count in round {i + 1}", *(f"{d.counting[i]:.1f} of {d.cfg.num_elites}" if i < d.cfg.iterations else "" for d in plans.values()), ""),
+    rows = [row(n, *(signed(d.action[k]) for d in plans.values()), signed(now.policy[0, k])) for k, n in enumerate(names or _names(now))]
+    rows += [row("predicted return", *(f"{d.returns['plan']:.2f}" for d in plans.values()), f"{now.returns['policy']:.2f}"), row("elites that count", *(f"{d.counting[i]:.1f}" if i < d.cfg.iterations else "" for d in plans.values()), ""),
              row("time a plan", *("…" if d.ms is None else f"{d.ms:.0f} ms" for d in plans.values()), "")]
     return '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums; line-height: 1.4">' + row("", *(f"<b>{escape(n)}</b>" for n in (*plans, "policy"))) + "".join(rows) + "</table>"
 
@@ -373,7 +384,7 @@ def _put(
     grow=False, # May its range grow for it?
 ):
     "Set a value, as a new option of a ladder if need be."
-    if isinstance(w, W.SelectionSlider) and v not in w.options: w.options = sorted({*w.options, v})
+    if isinstance(w, W.SelectionSlider) and v not in (rungs := [r for _, r in w.options]): w.options = [(f"{r:g}", r) for r in sorted([*rungs, v])]
     if isinstance(w, W.Dropdown) and v not in w.options: return
     if grow and hasattr(w, "max") and v > w.max: w.max = v
     if w.value != v: w.value = v
@@ -399,7 +410,7 @@ class PlannerView(View):
         self.decision = self.before = self.pin = self.episode = self.models = None
         self.drawing, self.asking, self.quiet, self._silence = threading.RLock(), threading.Lock(), Job(self.say), threading.local()
         self._wish = self._played = self._planned = self._started = self.names = None
-        self.figures = {n: show(themed(go.Figure(), "", 330)) for n in ("samples", "moves", "returns", "horizon")}
+        self.figures = {n: show(themed(go.Figure(), "", h, self.dark)) for n, h in _HEIGHTS.items()}
         self._make_controls()
         self._arrange()
         for j in (self.job, self.quiet): j.observe(lambda c: None if c.new else self._begin(), "running")
@@ -439,7 +450,7 @@ def _silent(self:PlannerView):
 def _make_controls(self:PlannerView):
     wide, slim = dict(description_width="96px"), W.Layout(width="320px")
     tie, again, look = self._tie, (lambda _: self._asked()), (lambda c: self._looked(c.name))
-    ladder = lambda f: W.SelectionSlider(options=_LADDERS[f], description=f, tooltip=_TIPS[f], style=wide, layout=slim)
+    ladder = lambda f: W.SelectionSlider(options=[(f"{v:g}", v) for v in _LADDERS[f]], description=f, tooltip=_TIPS[f], style=wide, layout=slim)
     count = lambda f, low, high: W.IntSlider(min=low, max=high, description=f, tooltip=_TIPS[f], style=wide, layout=slim)
     self.box = AgentBox(self.say)
     self.menus = dict(agent=tie("agent", self.box.menu(self.agent, layout=W.Layout(width="260px"), style=dict(description_width="48px")), again),
@@ -448,7 +459,7 @@ def _make_controls(self:PlannerView):
     self.sliders |= dict(seed=tie("seed", W.IntSlider(min=0, max=20, description="seed", tooltip="Of the episode, and of the planner's noise", style=wide, layout=slim, continuous_update=False), again),
         moment=tie("moment", W.IntSlider(min=0, max=max(self.max_steps - 1, 1), description="moment", tooltip="Decision of the episode", style=wide, layout=slim), again),
         shown=tie("shown", W.IntSlider(min=1, max=max(self.iterations, 2), description="round", style=dict(description_width="48px"), layout=W.Layout(width="300px")), look),
-        imagined=tie("imagined", W.IntSlider(min=1, max=max(self.horizon, 2), description="imagined decision", style=dict(description_width="116px"), layout=W.Layout(width="320px")), look))
+        imagined=tie("imagined", W.IntSlider(min=1, max=max(self.horizon, 2), description="imagined decision", style=dict(description_width="132px"), layout=W.Layout(width="340px")), look))
     self.warmth = tie("warm", W.Checkbox(description="warm start from the plan before", indent=False, layout=W.Layout(width="250px")), again)
     self.presets = {n: W.Button(description=n, tooltip=", ".join(f"{k} {v:g}" for k, v in PLAN_PRESETS[n].items()) or "As TD-MPC2 plans", layout=W.Layout(width="92px")) for n in ("published", "light", "anchored", "reduced")}
     for n, b in self.presets.items(): b.on_click(lambda _, n=n: self.preset(n))
@@ -466,15 +477,15 @@ def preset(self:PlannerView,
     with self.hold_trait_notifications():
         for f in FIELDS: setattr(self, f, getattr(cfg, f))
 
-# %% ../nbs/54_planner_view.ipynb #afce253c
+# %% ../nbs/54_planner_view.ipynb #054d9a0f
 @patch
 def _arrange(self:PlannerView):
-    s, wrap = self.sliders, lambda *w: controls(*w)
+    s, wrap, wide = self.sliders, controls, lambda *w, flex: W.VBox(list(w), layout=W.Layout(flex=flex, min_width="0"))
     scene = W.VBox([self.picture, self.caption], layout=W.Layout(width="290px"))
-    where = W.VBox([s["moment"], s["seed"], self.warmth], layout=W.Layout(width="330px"))
-    left = W.VBox([wrap(scene, where), wrap(*self.presets.values()), wrap(*(s[f] for f in FIELDS)), wrap(self.pinning), self.numbers], layout=W.Layout(flex="1 1 350px", min_width="0"))
-    small = W.GridBox([self.figures[n] for n in ("moves", "returns", "horizon")], layout=W.Layout(grid_template_columns="repeat(auto-fit, minmax(min(100%, 390px), 1fr))", width="100%"))
-    right = W.VBox([wrap(s["shown"], self.player, s["imagined"]), self.figures["samples"], small], layout=W.Layout(flex="1000 1 640px", min_width="0"))
+    where = W.VBox([s["moment"], s["seed"], self.warmth, self.numbers], layout=W.Layout(flex="1 1 330px"))
+    left = wide(wrap(scene, where), wrap(*self.presets.values(), self.pinning), wrap(*(s[f] for f in FIELDS)), flex="1 1 370px")
+    places = {n: wide(self.figures[n], flex=flex) for n, flex in dict(samples="1 1 auto", moves="4 1 470px", returns="3 1 340px", horizon="3 1 340px").items()}
+    right = wide(wrap(s["shown"], self.player, s["imagined"]), places["samples"], wrap(*(places[n] for n in ("moves", "returns", "horizon"))), flex="1000 1 640px")
     self.layout(wrap(self.menus["agent"], self.menus["task"], self.box.widget), W.Box([left, right], layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="4px 18px", width="100%")))
 
 # %% ../nbs/54_planner_view.ipynb #dda49d71
@@ -527,7 +538,9 @@ def _work(self:PlannerView, tell):
             continue
         key, moment, cfg, warm = wish
         if key != self._played: key = self._play(key, tell)
-        if (key, *wish[1:]) == self._planned: continue
+        if (key, *wish[1:]) == self._planned:
+            self._say_what_changed()
+            continue
         (agent, task, seed), obs, last = key, self.episode.obs, self.decision
         tell(0, 2, "plan")
         started = decision(self.models, task, obs[moment - 1], cfg, seed + 1).state if warm and moment else None
@@ -583,8 +596,8 @@ def draw(self:PlannerView):
         d, i, h, rest = self.decision, self.shown - 1, self.imagined - 1, (self.names, self.pin)
         for n, fig in dict(samples=samples_figure(d, i, h, *rest, self.most, self.dark), moves=moves_figure(d, i, h, *rest, self.dark), returns=returns_figure(d, i, self.pin, self.dark), horizon=horizon_figure(d, h, *rest, self.dark)).items():
             redraw(self.figures[n], fig)
-        (agent, task, seed), moment, *_ = self._planned
-        self.caption.value = f"{escape(agent)}, {task}, seed {seed}: decision {moment} of {len(self.episode.obs)}"
+        (agent, task, _), moment, *_ = self._planned
+        self.caption.value = f"{escape(agent)}, {task}: decision {moment} of {len(self.episode.obs)}"
         self._tell_numbers()
 
 @patch
@@ -642,6 +655,7 @@ def _tell_numbers(self:PlannerView):
 def _say_what_changed(self:PlannerView):
     "One line about the last plan."
     d, b = self.decision, self.before
+    if d.ms is None: return
     said = f"Replanned in {d.ms:.0f} ms"
     if b is not None:
         moved = [f"{f} {getattr(b.cfg, f):g} → {getattr(d.cfg, f):g}" for f in FIELDS if getattr(b.cfg, f) != getattr(d.cfg, f)]
