@@ -353,7 +353,9 @@ def horizon_figure(
     fig.update_xaxes(title_text="imagined decision", range=[0.5, last + 0.5], dtick=1, showgrid=False, title_standoff=4)
     return _below(fig, 96).update_yaxes(title_text="action (−1 to 1)", range=[-1.12, 1.12], title_standoff=4)
 
-# %% ../nbs/54_planner_view.ipynb #4b9778bd
+# %% ../nbs/54_planner_view.ipynb #ad81a6b2
+_TIMED = "One plan as an agent makes it: noise drawn, observation encoded, all rounds, the choice; the median of three"
+
 def comparison(
     plans:dict, # Name -> `Decision` or None; the first one tells what the policy would do
     i:int=0,    # Round that elites are counted in
@@ -363,7 +365,7 @@ def comparison(
     plans = {n: d for n, d in plans.items() if d is not None}
     now = next(iter(plans.values()))
     cell = lambda v, tag="td", side="right": f'<{tag} style="padding: 0 8px; text-align: {side}; white-space: nowrap">{v}</{tag}>'
-    row = lambda name, *what: "<tr>" + cell(escape(name), "th", "left") + "".join(map(cell, what)) + "</tr>"
+    row = lambda name, *what: "<tr>" + cell(f'<span title="{_TIMED}">{escape(name)}</span>' if name == "time a plan" else escape(name), "th", "left") + "".join(map(cell, what)) + "</tr>"
     signed = lambda v: f"{v:+.2f}".replace("-", "−")
     rows = [row(n, *(signed(d.action[k]) for d in plans.values()), signed(now.policy[0, k])) for k, n in enumerate(names or _names(now))]
     rows += [row("predicted return", *(f"{d.returns['plan']:.2f}" for d in plans.values()), f"{now.returns['policy']:.2f}"), row("elites that count", *(f"{d.counting[i]:.1f}" if i < d.cfg.iterations else "" for d in plans.values()), ""),
@@ -486,7 +488,10 @@ def _arrange(self:PlannerView):
     left = wide(wrap(scene, where), wrap(*self.presets.values(), self.pinning), wrap(*(s[f] for f in FIELDS)), flex="1 1 370px")
     places = {n: wide(self.figures[n], flex=flex) for n, flex in dict(samples="1 1 auto", moves="4 1 470px", returns="3 1 340px", horizon="3 1 340px").items()}
     right = wide(wrap(s["shown"], self.player, s["imagined"]), places["samples"], wrap(*(places[n] for n in ("moves", "returns", "horizon"))), flex="1000 1 640px")
+    self.note.layout.min_height = "58px"  # Two lines, so that nothing below jumps
     self.layout(wrap(self.menus["agent"], self.menus["task"], self.box.widget), W.Box([left, right], layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="4px 18px", width="100%")))
+    top, body, said, theme = self.widget.children
+    left.children, self.widget.children = [*left.children, said], [top, body, theme]  # Messages stand under the sliders that they are about
 
 # %% ../nbs/54_planner_view.ipynb #dda49d71
 @patch
@@ -659,5 +664,5 @@ def _say_what_changed(self:PlannerView):
     said = f"Replanned in {d.ms:.0f} ms"
     if b is not None:
         moved = [f"{f} {getattr(b.cfg, f):g} → {getattr(d.cfg, f):g}" for f in FIELDS if getattr(b.cfg, f) != getattr(d.cfg, f)]
-        said += (f" ({', '.join(moved)})" if moved else "") + f": the action moved by {np.abs(d.action - b.action).max():.2f} at most, the predicted return from {b.returns['plan']:.2f} to {d.returns['plan']:.2f}"
-    self.say(said + ". Timed: noise, encoding, all rounds; the median of three, candidates not kept.", "good")
+        said += (f" ({', '.join(moved)})" if 0 < len(moved) < 3 else f" ({len(moved)} settings)" if moved else "") + f": action moved by up to {np.abs(d.action - b.action).max():.2f}, predicted return {b.returns['plan']:.2f} → {d.returns['plan']:.2f}"
+    self.say(said + ".", "good")
