@@ -26,7 +26,7 @@ from .envs import make_env, render_backend
 from .planner import PLAN_PRESETS, PlanConfig, PlanState, plan, plan_config
 from .tasks import EPISODE_LENGTH, MAX_OBS, TaskSpec, pad, task_set
 from .twohot import from_two_hot
-from .widgets import INK, AgentBox, Job, View, agent_models, controls, guarded, jpeg, redraw, series, show, themed
+from .widgets import INK, AgentBox, Job, View, agent_models, controls, guarded, in_worker, jpeg, redraw, series, show, themed
 
 # %% ../nbs/54_planner_view.ipynb #c5b8e898
 @dataclass
@@ -124,8 +124,10 @@ def plan_ms(
         times.append(1e3 * (time.perf_counter() - t0))
     return float(np.median(times))
 
-# %% ../nbs/54_planner_view.ipynb #10be0028
-@dataclass
+# %% ../nbs/54_planner_view.ipynb #0c570d7e
+_open, _most_open = [], 6 # Episodes with a renderer; the oldest lose it
+
+@dataclass(eq=False)
 class Episode:
     "An episode of an agent's policy, with the simulator that it was played in."
     obs:np.ndarray     # Padded, at every decision `[T, 24]`
@@ -146,8 +148,14 @@ class Episode:
         return jpeg(self.env.render(height, width))
 
     def close(self):
-        "Free the renderer."
+        "Free the renderer; to be called in the worker."
         if self.env is not None: self.env.close()
+        self.env = None
+        if self in _open: _open.remove(self)
+
+def _close_all(but=0):
+    while len(_open) > but: _open[0].close()
+threading._register_atexit(lambda: _open and in_worker(_close_all))  # Plain `atexit` comes when the worker has gone
 
 def play(
     models:TaskModels,
@@ -171,7 +179,11 @@ def play(
     names = [physics.model.id2name(k, "actuator") or f"actuator {k + 1}" for k in range(spec.action_dim)]
     x, reward, states = zip(*kept)
     if not draws: env.close()
-    return Episode(np.stack(x), np.array(reward), list(states), names, env if draws else None)
+    episode = Episode(np.stack(x), np.array(reward), list(states), names, env if draws else None)
+    if draws:
+        _open.append(episode)
+        _close_all(_most_open)
+    return episode
 
 # %% ../nbs/54_planner_view.ipynb #5d89aadb
 _HEIGHTS = dict(samples=490, moves=350, returns=350, horizon=350)  # Pixels, the same for every task: a figure on the page whose height is changed would keep its width for good

@@ -12,7 +12,7 @@ from tdmpc_opt_kit.evaluate import data_dir
 from tdmpc_opt_kit.planner import PLAN_PRESETS, PlanConfig, plan, plan_config
 from tdmpc_opt_kit.planner_view import FIELDS, PlannerView, comparison, decision, horizon_figure, imagine, moves_figure, plan_ms, returns_figure, samples_figure
 from tdmpc_opt_kit.tasks import ACTION_DIMS, MT30
-from tdmpc_opt_kit.widgets import INK, agent_models
+from tdmpc_opt_kit.widgets import INK, agent_models, in_worker
 from tdmpc_opt_kit.world_model import SIZES, WorldModel
 
 OBS = np.zeros(24, np.float32)
@@ -34,11 +34,6 @@ def view():
     assert v.job.error is None and v.quiet.error is None
     yield v
     v.wait()
-    module_close(v)
-
-def module_close(v):
-    from tdmpc_opt_kit.widgets import in_worker
-    if v.episode is not None: in_worker(v.episode.close)
 
 # ---------------------------------------------------------------- one decision
 
@@ -196,7 +191,6 @@ def test_redraw_is_quick():
         t0 = time.perf_counter()
         v.imagined = h
         took.append(time.perf_counter() - t0)
-    module_close(v)
     assert min(took[:5]) < 0.2 and min(took[5:]) < 0.2, took
 
 def test_fewer_rounds_than_shown(view):
@@ -294,6 +288,14 @@ def test_without_pictures(monkeypatch):
     monkeypatch.setattr(module, "render_backend", lambda: None)
     v = PlannerView("student", "cup-catch", plan="tiny", max_steps=4, moment=2, wait=True)
     assert v.job.error is None and v.decision is not None and v.picture.layout.display == "none"
+
+def test_old_renderers_are_freed(anybody):
+    "Pictures of many views do not pile up; the oldest lose theirs, and nothing else."
+    played = [in_worker(module.play, anybody, "cup-catch", k, 2) for k in range(module._most_open + 2)]
+    if module.render_backend() is None: pytest.skip("nothing draws here")
+    assert [bool(in_worker(e.jpeg, 1)) for e in played] == [False] * 2 + [True] * module._most_open and len(module._open) == module._most_open
+    in_worker(module._close_all)
+    assert not module._open
 
 def test_theme(view):
     view.theme.dark = True
