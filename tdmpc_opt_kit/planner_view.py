@@ -423,7 +423,7 @@ class PlannerView(View):
         self.max_steps, self.moment = max_steps, min(self.moment, max_steps - 1)
         self.decision = self.before = self.pin = self.episode = self.models = None
         self.drawing, self.asking, self.quiet, self._silence = threading.RLock(), threading.Lock(), Job(self.say), threading.local()
-        self._wish = self._played = self._planned = self._started = self.names = None
+        self._wish = self._played = self._planned = self._started = self._drawn = self.names = None
         self.figures = {n: show(themed(go.Figure(), "", h, self.dark)) for n, h in _HEIGHTS.items()}
         self._make_controls()
         self._arrange()
@@ -611,11 +611,40 @@ def draw(self:PlannerView):
         if self.decision is None: return
         self._limit()
         d, i, h, rest = self.decision, self.shown - 1, self.imagined - 1, (self.names, self.pin)
-        for n, fig in dict(samples=samples_figure(d, i, h, *rest, self.most, self.dark), moves=moves_figure(d, i, h, *rest, self.dark), returns=returns_figure(d, i, self.pin, self.dark), horizon=horizon_figure(d, h, *rest, self.dark)).items():
-            redraw(self.figures[n], fig)
+        alike = (d.task, self.dark, id(self.pin), d.cfg.iterations, d.cfg.horizon, d.cfg.anchor > 0, d.cfg.min_std, d.cfg.max_std)
+        if alike == self._drawn:  # The same axes and lines, other numbers
+            self._move_samples()
+            self._move_lines()
+        else:
+            redraw(self.figures["samples"], samples_figure(d, i, h, *rest, self.most, self.dark))
+            redraw(self.figures["moves"], moves_figure(d, i, h, *rest, self.dark))
+        self._drawn = alike
+        redraw(self.figures["returns"], returns_figure(d, i, self.pin, self.dark))
+        redraw(self.figures["horizon"], horizon_figure(d, h, *rest, self.dark))
         (agent, task, _), moment, *_ = self._planned
         self.caption.value = f"{escape(agent)}, {task}: decision {moment} of {len(self.episode.obs)}"
         self._tell_numbers()
+
+@patch
+def _move_samples(self:PlannerView):
+    "Other samples on the same axes."
+    d, fig = self.decision, self.figures["samples"]
+    traces, shapes, title = _sampled(d, self.shown - 1, self.imagined - 1, self.pin, self.most, self.dark)
+    with fig.batch_update():
+        for old, new in zip(fig.data, traces): old.update(new)
+        fig.layout.shapes, fig.layout.title.text = shapes, title
+        if fig.layout.yaxis.range != (span := _span(d)): fig.update_yaxes(range=span)
+
+@patch
+def _move_lines(self:PlannerView):
+    "Means and deviations of another imagined decision, or plan."
+    d, h, fig = self.decision, self.imagined - 1, self.figures["moves"]
+    lines = _moved(d, h, self.pin)
+    if len(lines) != len(fig.data): return redraw(fig, moves_figure(d, self.shown - 1, h, self.names, self.pin, self.dark))
+    with fig.batch_update():
+        for old, (*_, y) in zip(fig.data, lines): old.y = y
+        fig.layout.title.text = _moves_title(h)
+        for s in fig.layout.shapes[:2]: s.update(x0=self.shown, x1=self.shown)
 
 @patch
 def _limit(self:PlannerView):
@@ -636,17 +665,9 @@ def _looked(self:PlannerView, name):
         for trait, label, most in (("shown", "round", d.cfg.iterations), ("imagined", "imagined decision", d.cfg.horizon)):
             if not 1 <= getattr(self, trait) <= most: raise ConfigError(f"{label}: this plan has {most}, counted from 1; there is none of number {getattr(self, trait)}.")
         i, h = self.shown - 1, self.imagined - 1
-        (traces, shapes, title), fig = _sampled(d, i, h, self.pin, self.most, self.dark), self.figures["samples"]
-        with fig.batch_update():
-            for old, new in zip(fig.data, traces): old.update(new)
-            fig.layout.shapes, fig.layout.title.text = shapes, title
+        self._move_samples()
         if name == "imagined":
-            lines, fig = _moved(d, h, self.pin), self.figures["moves"]
-            if len(lines) != len(fig.data): redraw(fig, moves_figure(d, i, h, self.names, self.pin, self.dark))
-            else:
-                with fig.batch_update():
-                    for old, (*_, y) in zip(fig.data, lines): old.y = y
-                    fig.layout.title.text = _moves_title(h)
+            self._move_lines()
             self.figures["horizon"].layout.shapes[0].update(x0=h + 0.6, x1=h + 1.4)
         else:
             for n, marks in dict(moves=2, returns=1).items():

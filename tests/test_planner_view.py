@@ -193,6 +193,22 @@ def test_redraw_is_quick():
         took.append(time.perf_counter() - t0)
     assert min(took[:5]) < 0.2 and min(took[5:]) < 0.2, took
 
+def test_quick_ways_end_where_the_figures_do(view):
+    "What only moves numbers shows what a figure made anew would show."
+    def same():
+        d, i, h = view.decision, view.shown - 1, view.imagined - 1
+        made = dict(samples=samples_figure(d, i, h, view.names, view.pin, view.most), moves=moves_figure(d, i, h, view.names, view.pin), returns=returns_figure(d, i, view.pin), horizon=horizon_figure(d, h, view.names, view.pin))
+        for n, fig in made.items():
+            for a, b in zip(view.figures[n].data, fig.data, strict=True):
+                np.testing.assert_array_equal(a.x, b.x)
+                np.testing.assert_array_equal(a.y, b.y)
+            assert [s.to_plotly_json() for s in view.figures[n].layout.shapes] == [s.to_plotly_json() for s in fig.layout.shapes], n
+            assert view.figures[n].layout.yaxis.range == fig.layout.yaxis.range and view.figures[n].layout.title.text == fig.layout.title.text
+    for trait, value in (("shown", 2), ("temperature", 5.), ("imagined", 3), ("anchor", 20.), ("seed", 1), ("pinned", True), ("temperature", 1.), ("horizon", 2), ("moment", 3), ("imagined", 1), ("pinned", False), ("task", "walker-walk"), ("temperature", 2.), ("task", "pendulum-spin"), ("iterations", 4), ("shown", 3)):
+        setattr(view, trait, value)
+        view.wait()
+        same()
+
 def test_fewer_rounds_than_shown(view):
     view.shown, view.imagined = 2, 3
     view.iterations, view.horizon = 1, 1
