@@ -9,6 +9,7 @@ __all__ = ['FIELDS', 'Decision', 'imagine', 'decision', 'plan_ms', 'Episode', 'p
 # %% ../nbs/54_planner_view.ipynb #d345a271
 import math, threading, time
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 
@@ -428,6 +429,8 @@ class PlannerView(View):
         self._make_controls()
         self._arrange()
         for j in (self.job, self.quiet): j.observe(lambda c: None if c.new else self._begin(), "running")
+        self._again = {}
+        for n, w in self.figures.items(): w.observe(lambda c, n=n: self._mounted(n, c.new), "_js2py_layoutDelta")
         self._asked()
         if wait: self.wait()
 
@@ -498,8 +501,8 @@ def _arrange(self:PlannerView):
     scene = W.VBox([self.picture, self.caption], layout=W.Layout(width="290px"))
     where = W.VBox([s["moment"], s["seed"], self.warmth, self.numbers], layout=W.Layout(flex="1 1 330px"))
     left = wide(wrap(scene, where), wrap(*self.presets.values(), self.pinning), wrap(*(s[f] for f in FIELDS)), flex="1 1 370px")
-    places = {n: wide(self.figures[n], flex=flex) for n, flex in dict(samples="1 1 auto", moves="4 1 470px", returns="3 1 340px", horizon="3 1 340px").items()}
-    right = wide(wrap(s["shown"], self.player, s["imagined"]), places["samples"], wrap(*(places[n] for n in ("moves", "returns", "horizon"))), flex="1000 1 640px")
+    self.places = {n: wide(self.figures[n], flex=flex) for n, flex in dict(samples="1 1 auto", moves="4 1 470px", returns="3 1 340px", horizon="3 1 340px").items()}
+    right = wide(wrap(s["shown"], self.player, s["imagined"]), self.places["samples"], wrap(*(self.places[n] for n in ("moves", "returns", "horizon"))), flex="1000 1 640px")
     self.note.layout.min_height = "58px"  # Two lines, so that nothing below jumps
     self.layout(wrap(self.menus["agent"], self.menus["task"], self.box.widget), W.Box([left, right], layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="4px 18px", width="100%")))
     top, body, said, theme = self.widget.children
@@ -621,9 +624,22 @@ def draw(self:PlannerView):
         self._drawn = alike
         redraw(self.figures["returns"], returns_figure(d, i, self.pin, self.dark))
         redraw(self.figures["horizon"], horizon_figure(d, h, *rest, self.dark))
+        for w in self.figures.values(): w._widget_data, w._widget_layout = deepcopy(w._data), deepcopy(w._layout_obj._props)  # What a page that comes later begins with
         (agent, task, _), moment, *_ = self._planned
         self.caption.value = f"{escape(agent)}, {task}: decision {moment} of {len(self.episode.obs)}"
         self._tell_numbers()
+
+@patch
+def _mounted(self:PlannerView,
+    n,    # Of a figure
+    told, # What the page says of its layout, or None
+):
+    "A figure that the page drew before its numbers came has another height; it is put there once more."
+    height = (told or {}).get("layout_delta", {}).get("height")
+    if height is None or height == _HEIGHTS[n] or self._again.get(n, 0) > 2: return
+    self._again[n] = self._again.get(n, 0) + 1
+    self.places[n].children = []
+    self.places[n].children = [self.figures[n]]
 
 @patch
 def _move_samples(self:PlannerView):
@@ -693,6 +709,8 @@ def _tell_numbers(self:PlannerView):
 def _say_what_changed(self:PlannerView):
     "One line about the last plan."
     d, b = self.decision, self.before
+    try: self.config()
+    except ConfigError: return  # What was refused meanwhile is said already
     if d.ms is None: return
     said = f"Replanned in {d.ms:.0f} ms"
     if b is not None:

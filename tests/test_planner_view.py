@@ -313,6 +313,17 @@ def test_old_renderers_are_freed(anybody):
     in_worker(module._close_all)
     assert not module._open
 
+def test_pages_that_come_late(view):
+    "Whatever the page draws a figure from is what the view shows; a figure drawn before that is put there again."
+    for n, w in view.figures.items():
+        assert len(w._widget_data) == len(w.data) > 0 and w._widget_layout["title"]["text"] == w.layout.title.text
+    put = []
+    view.places["moves"].observe(lambda c: put.append(len(c.new)), "children")
+    view._mounted("moves", dict(layout_delta=dict(height=350)))
+    assert put == []
+    view._mounted("moves", dict(layout_delta=dict(height=360)))
+    assert put == [0, 1]
+
 def test_theme(view):
     view.theme.dark = True
     assert {f.layout.font.color for f in view.figures.values()} == {INK[True]["text"]}
