@@ -42,7 +42,12 @@ class Theme(anywidget.AnyWidget):
       const watch = new MutationObserver(tell);
       watch.observe(document.body, { attributes: true });
       tell();
-      return () => watch.disconnect();
+      const wrong = (plot) => plot._fullLayout && plot.clientWidth && Math.abs(plot._fullLayout.width - plot.clientWidth) > 1;
+      const size = new ResizeObserver((seen) => {
+        if ([...seen[0].target.querySelectorAll(".js-plotly-plot")].some(wrong)) window.dispatchEvent(new Event("resize"));
+      });
+      requestAnimationFrame(() => { const view = el.closest(".tdmpc-view"); if (view) size.observe(view); });
+      return () => { watch.disconnect(); size.disconnect(); };
     }
     export default { render };
     """
@@ -239,7 +244,7 @@ def controls(
     *widgets, # Of one row
 ) -> W.Box:
     "A row that wraps where the page is narrow."
-    return W.Box(list(widgets), layout=W.Layout(display="flex", flex_flow="row wrap", align_items="center", gap="4px 14px", width="100%"))
+    return W.Box(list(widgets), layout=W.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="4px 14px", width="100%"))
 
 # %% ../nbs/52_widgets.ipynb #6401e238
 _loaded = {}
