@@ -125,20 +125,33 @@ def play(self:Stage,
     return obs, reward, np.stack(moments)
 
 @patch
-def frame(self:Stage,
-    moment:np.ndarray,            # Which one
-    height:int=240,               # Pixels
-    width:int=320,
-    eye:np.ndarray|None=None,     # The moment whose camera and lights are taken; its own if None
-) -> np.ndarray:                  # uint8 `[height, width, 3]`
-    "The picture of a moment."
+def place(self:Stage,
+    moment:np.ndarray,        # Which one
+    eye:np.ndarray|None=None, # The moment whose camera and lights are taken; its own if None
+):
+    "Put everything where it was."
     data, fields = self.sim.physics.data, ("cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
     if eye is not None:
         self.sim.go_to(eye)
         where = [getattr(data, f).copy() for f in fields]
     self.sim.go_to(moment)
     for f, x in zip(fields, where if eye is not None else ()): getattr(data, f)[:] = x
+
+@patch
+def frame(self:Stage, moment, height=240, width=320, eye=None) -> np.ndarray: # uint8 `[height, width, 3]`
+    "The picture of a moment, arguments as of `place`."
+    self.place(moment, eye)
     return self.env.render(height, width)
+
+@patch
+def bodies(self:Stage, moment, height=240, width=320, eye=None) -> np.ndarray: # bool `[height, width]`
+    "Where in that picture something is that can move."
+    self.place(moment, eye)
+    physics = self.sim.physics
+    number, kind = np.moveaxis(physics.render(height, width, camera_id=0, segmentation=True), -1, 0)
+    return (kind == _GEOM) & (physics.model.geom_bodyid[number * (kind == _GEOM)] > 0)
+
+_GEOM = 5  # MuJoCo's number of what has a shape
 
 # %% ../nbs/40_rollout.ipynb #c647a057
 class TaskModel:

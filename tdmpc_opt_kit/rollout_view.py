@@ -35,8 +35,8 @@ def limits(
     rows = dict(reward=[x for t in traces for x in (t.reward, t.predicted)], value=[x for t in traces for x in (t.value, t.to_go)], std=[t.std[:, 0] for t in traces])
     out = dict(action=(-1.08, 1.08))
     for name, parts in rows.items():
-        x = np.concatenate([np.ravel(p) for p in parts] + [np.zeros(1)])
-        low, high = float(np.nanmin(x)), float(np.nanmax(x))
+        x = np.concatenate([np.ravel(p) for p in parts] + [np.zeros(1)] * (name != "value"))
+        low, high = (float(f(x)) for f in (np.nanmin, np.nanmax)) if np.isfinite(x).any() else (0., 1.)
         out[name] = (low - 0.06 * (high - low or 1), high + 0.1 * (high - low or 1))
     return out
 
@@ -44,7 +44,7 @@ def _said(
     words, # Pairs of a word and its colour, None for the page's own
 ) -> str:
     "Words in their colours, for a figure's annotation."
-    return " ".join(f'<span style="color: {c}">{w}</span>' if c else w for w, c in words)
+    return " ".join(f'<b style="color: {c}">{w}</b>' if c else w for w, c in words)
 
 def timeline(
     trace,            # A `Trace`
@@ -59,12 +59,12 @@ def timeline(
     def line(row, y, name, colour, **kw):
         fig.add_scatter(x=np.arange(len(y)), y=np.asarray(y, np.float32), name=name, mode="lines", row=row, col=1, line=dict(color=colour, width=1.6) | kw, hovertemplate="%{y:.3f}<extra>" + name + "</extra>")
     for row, came, said in ((1, trace.reward, trace.predicted), (2, trace.to_go, trace.value)):
-        line(row, came, "came", ink["faint"], width=3)
+        line(row, came, "observed", ink["faint"], width=3)
         line(row, said, "predicted", c)
     for row, x in ((3, trace.std[:, 0]), (4, trace.action)):
         for a in range(A): line(row, x[:, a], f"action {a + 1}", series(a, dark))
     acts = [(f"{a + 1}", series(a, dark)) for a in range(A)]
-    heads = ([("reward:", None), ("came", ink["faint"]), ("predicted", c)], [("discounted return:", None), ("came", ink["faint"]), ("value", c)],
+    heads = ([("reward:", None), ("observed", ink["faint"]), ("predicted", c)], [("discounted return:", None), ("observed", ink["faint"]), ("value", c)],
              [("planner's std:" if trace.mode == "plan" else "policy's std, before tanh:", None), *acts], [("action:", None), *acts])
     themed(fig, height=470, dark=dark, showlegend=False).update_layout(margin=dict(l=50, r=10, t=24, b=40), hovermode="x", hoverdistance=-1)
     for row, (words, (name, title)) in enumerate(zip(heads, dict(reward="reward", value="return", std="std", action="action").items()), 1):
@@ -166,19 +166,18 @@ def trust(
     far = f"all {K} imagined steps beat" if k == K else "no imagined step beats" if k == 0 else f"{k} of {K} imagined steps beat"
     return f"{far} “nothing changed”; reward off by {imagined.reward_error:.2f} a decision ({imagined.reward.sum():.1f} imagined, {imagined.true_reward.sum():.1f} simulated)."
 
-# %% ../nbs/53_rollout_view.ipynb #67206531
+# %% ../nbs/53_rollout_view.ipynb #a664706c
 def ghost(
-    frame,                      # uint8 `[H, W, 3]`, where it begins
-    other,                      # The same, later
-    tint=(255, 120, 30),        # RGB
-    share:float=0.75,           # Of the later picture where they differ
-) -> np.ndarray:
-    "The later picture over the first one, tinted where they differ."
-    a, b = frame.astype(np.float32), other.astype(np.float32)
-    light = b.mean(-1, keepdims=True) / 255
-    tinted = np.array(tint, np.float32) * (0.35 + 0.65 * light)
-    differs = np.clip(np.abs(a - b).max(-1, keepdims=True) / 40, 0, 1) * share
-    return (a * (1 - differs) + tinted * differs).clip(0, 255).astype(np.uint8)
+    frame,                # uint8 `[H, W, 3]`, where it begins
+    other,                # The same, later
+    where,                # bool `[H, W]`, where the later body is
+    tint=(120, 255, 170), # RGB
+    share:float=0.6,      # Of the ghost, where it is
+) -> np.ndarray:          # uint8 `[H, W, 3]`
+    "The later body over the first picture."
+    light = other.astype(np.float32).mean(-1, keepdims=True) / 255
+    shade = np.array(tint, np.float32) * np.clip(0.45 + 1.1 * light, 0, 1)
+    return np.where(where[..., None], (1 - share) * frame + share * shade, frame).astype(np.uint8)
 
 # %% ../nbs/53_rollout_view.ipynb #b244712e
 class Column:
@@ -212,8 +211,8 @@ class Column:
     ):
         "Take what was imagined."
         self.dreamt, self.ghosts = dreamt if not isinstance(dreamt, str) else None, ghosts
-        self.trust.value = escape(dreamt) if isinstance(dreamt, str) else trust(dreamt) if dreamt else '<span style="opacity: 0.7">Imagine shows here how far the model is right from the time above.</span>'
-        self.right.children = (self.trust, self.dream) if self.dreamt else (self.trust,)
+        said = escape(dreamt) if isinstance(dreamt, str) else trust(dreamt) if dreamt else "Imagine shows here how far the model can be trusted from the time above."
+        self.trust.value = f'<div style="line-height: 1.4; padding: 4px 0">{said}</div>'
 
 @patch
 def draw(self:Column, at, step, limits, dark):
@@ -223,6 +222,7 @@ def draw(self:Column, at, step, limits, dark):
     redraw(self.line, timeline(self.trace, self.colour, at, limits, dark))
     redraw(self.path, path(self.trace, self.plane, self.colour, at, self.dreamt, dark))
     if self.dreamt: redraw(self.dream, imagination(self.dreamt, self.colour, step, dark))
+    self.right.children = (self.trust, self.dream) if self.dreamt else (self.trust,)  # After it was drawn: a page that gets it half done keeps it so
     for t in self.line.data: t.on_click(tell(self.jump))
     for t in self.dream.data: t.on_click(tell(self.step))
     self.path.data[0].on_click(lambda _, points, __: self.jump(points.point_inds[0]) if points.point_inds else None)
@@ -406,7 +406,8 @@ def dream(self:RolloutView, tell, i, at, steps) -> tuple: # An `Imagined` or why
     if self.stage.env.render_mode:
         here = self.stage.frame(tr.moments[at], *SIZE)
         for k, m in enumerate(dreamt.moments):
-            ghosts.append(jpeg(ghost(here, self.stage.frame(m, *SIZE, eye=tr.moments[at]))))
+            later, where = (f(m, *SIZE, eye=tr.moments[at]) for f in (self.stage.frame, self.stage.bodies))
+            ghosts.append(jpeg(ghost(here, later, where)))
             tell(i * (steps + 1) + k + 1, of, "picture")
     return dreamt, ghosts
 
@@ -419,11 +420,12 @@ def dreams(self:RolloutView, tell, at, steps) -> list:
 @patch
 def wake(self:RolloutView, out):
     "Show what was imagined."
-    self.dreamt_at, dreams = out
+    self.dreamt_at, (at, dreams) = None, out
     for c, d in zip(self.columns, dreams): c.take(*d)
     steps = max([len(c.dreamt) for c in self.columns[:len(dreams)] if c.dreamt], default=0)
     if steps: self.ghost_slider.max, self.ghost_slider.disabled = steps, False
-    self.at, self.ghost = self.dreamt_at, steps
+    self.at, self.ghost = at, steps
+    self.dreamt_at = at if steps else None
     self.draw()
 
 @patch
