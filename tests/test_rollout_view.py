@@ -134,7 +134,7 @@ def test_wrong_choices_are_sentences(monkeypatch):
     v.run(wait=True); assert "policy alone" in v.message and not v.traces
     v.mode, v.steps = "policy", 8
     v.run(wait=True); assert "8 decisions" in v.message, v.message
-    assert np.isnan(v.traces[0].value).all()
+    assert np.isnan(v.traces[0].value).all() and "predicted none" in v.columns[0].now.value
     v.imagine(wait=True); assert "policy alone" in v.columns[0].trust.value
 
 def test_without_pictures(monkeypatch):
