@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'FRAMES', 'limits', 'timeline', 'origin', 'Plane', 'planes', 'path', 'imagination', 'trust', 'ghost', 'Fit',
-           'Column', 'RolloutView']
+           'Code', 'Figure', 'figure', 'Column', 'RolloutView']
 
 # %% ../nbs/53_rollout_view.ipynb #5a8b6163
 import time, warnings
@@ -26,7 +26,7 @@ from .plots import colours
 from .quantize import SCHEMES
 from .rollout import Player, Stage, imagine as imagine_from
 from .tasks import EPISODE_LENGTH, MT30
-from .widgets import INK, AgentBox, Stopped, View, agent_models, controls, guarded, hue, jpeg, redraw, series, show, themed
+from .widgets import INK, AgentBox, Stopped, View, agent_models, controls, guarded, hue, jpeg, redraw, series, themed
 
 # %% ../nbs/53_rollout_view.ipynb #8fa3e1dc
 def limits(
@@ -188,21 +188,70 @@ class Fit(anywidget.AnyWidget):
       el.style.display = "none";
       const widths = new WeakMap();
       let soon;
+      const fit = () => { clearTimeout(soon); soon = setTimeout(() => window.dispatchEvent(new Event("resize")), 60); };
       const sizes = new ResizeObserver(entries => {
         for (const e of entries) {
           const w = Math.round(e.contentRect.width);
-          if (w && widths.get(e.target) !== w) { widths.set(e.target, w); clearTimeout(soon); soon = setTimeout(() => window.dispatchEvent(new Event("resize")), 60); }
+          if (w && widths.get(e.target) !== w) { widths.set(e.target, w); fit(); }
         }
       });
-      const look = () => { for (const b of el.closest(".tdmpc-view")?.querySelectorAll(".tdmpc-fit") ?? []) sizes.observe(b); };
-      const news = new MutationObserver(look);
-      const begin = setTimeout(() => { look(); const root = el.closest(".tdmpc-view"); if (root) news.observe(root, { childList: true, subtree: true }); }, 0);
+      const places = node => node.querySelectorAll(".tdmpc-fit").forEach(b => sizes.observe(b));
+      const news = new MutationObserver(changes => {
+        for (const c of changes) for (const n of c.addedNodes) {
+          if (!n.querySelector) continue;
+          if (n.matches(".tdmpc-fit")) sizes.observe(n);
+          places(n);
+          if (n.matches(".svg-container") || n.querySelector(".svg-container")) fit();
+        }
+      });
+      const begin = setTimeout(() => {
+        const root = el.closest(".tdmpc-view");
+        if (root) { places(root); news.observe(root, { childList: true, subtree: true }); fit(); }
+      }, 0);
       return () => { clearTimeout(begin); clearTimeout(soon); sizes.disconnect(); news.disconnect(); };
     }
     export default { render };
     """
 
-# %% ../nbs/53_rollout_view.ipynb #c5cc9e04
+# %% ../nbs/53_rollout_view.ipynb #6bb6bdd5
+class Code(anywidget.AnyWidget):
+    "Plotly's code for the page."
+    _esm = """
+    export default {
+      initialize({ model }) { globalThis.tdmpcPlotly ??= import(URL.createObjectURL(new Blob([model.get("code")], { type: "text/javascript" }))); },
+      render({ el }) { el.style.display = "none"; },
+    };
+    """
+    code = Unicode().tag(sync=True)
+    def __init__(self): super().__init__(code=str(go.FigureWidget._esm))
+
+class Figure(go.FigureWidget):
+    "A figure of a page that has the code."
+    _esm = """
+    export default () => {
+      let figure, begun;
+      const begin = new Promise(done => { begun = done; });
+      return {
+        async initialize(context) {
+          while (!globalThis.tdmpcPlotly) await new Promise(done => setTimeout(done, 50));
+          figure = (await globalThis.tdmpcPlotly).default();
+          figure.initialize(context);
+          begun();
+        },
+        async render(context) { await begin; return figure.render(context); },
+      };
+    };
+    """
+
+def figure(
+    fig, # A plotly figure
+) -> Figure:
+    "As `show`."
+    w = Figure(fig)
+    w._config = dict(responsive=True, displaylogo=False, modeBarButtonsToRemove=["lasso2d", "select2d", "autoScale2d"])
+    return w
+
+# %% ../nbs/53_rollout_view.ipynb #46eac38b
 class Column:
     "What is shown of one agent."
     def __init__(self,
@@ -212,7 +261,7 @@ class Column:
         self.jump, self.step, self.trace, self.dreamt, self.ghosts = jump, step, None, None, []
         self.head, self.now, self.trust = W.HTML(), W.HTML(), W.HTML()
         self.image = W.Image(format="jpeg", layout=W.Layout(width="100%", max_width="360px"))
-        self.line = self.path = self.dream = None  # Figures, made when there is something to show: each sends five megabytes of code
+        self.line = self.path = self.dream = None  # Figures, made when there is something to show
         wrap = lambda *parts: W.Box(list(parts), layout=W.Layout(display="flex", flex_flow="row wrap", width="100%", grid_gap="0 8px", align_items="flex-start", min_width="0"))
         part = lambda least, *parts, **kw: W.VBox(list(parts), layout=W.Layout(flex=f"1 1 {least}px", min_width="0", overflow="hidden", **kw), _dom_classes=("tdmpc-fit",))
         self.film, self.places = part(240, self.image, align_items="center"), dict(path=part(240), line=part(380), dream=part(330, self.trust))
@@ -241,7 +290,7 @@ class Column:
 def put(self:Column, which, fig, *above):
     "Show a figure in its place, below something."
     have = getattr(self, which)
-    if have is None: setattr(self, which, have := show(fig))
+    if have is None: setattr(self, which, have := figure(fig))
     else: redraw(have, fig)
     self.places[which].children = (*above, have)
 
@@ -278,7 +327,7 @@ def move(self:Column,
 
 _ONE_LINE = "line-height: 1.4; white-space: nowrap; overflow: hidden; text-overflow: ellipsis"
 
-# %% ../nbs/53_rollout_view.ipynb #fbfedb22
+# %% ../nbs/53_rollout_view.ipynb #ac66696a
 SIZE, FRAMES = (240, 320), 250  # Of a frame, pixels; the most frames that are kept of an agent
 
 def _can_draw() -> bool:
@@ -333,7 +382,7 @@ def _controls(self:RolloutView):
     self.pictures, self.stand = W.HTML(), W.Box([W.HTML("Nothing was played yet: choose, and press Run.")], layout=W.Layout(display="flex", width="100%", grid_gap="0 14px", align_items="flex-start"))
     self.layout(controls(*menus, self.box.widget), controls(self.task_menu, self.seed_box, self.mode_menu, self.planner_menu, self.steps_slider, self.play_button))
     *rows, status, theme = self.widget.children  # Messages belong above the pictures, which are taller than the page
-    self.widget.children = (*rows, status, controls(self.movie, self.time, self.clock), controls(self.imagine_button, self.ahead_slider, self.ghost_slider), self.pictures, self.stand, Fit(), theme)
+    self.widget.children = (*rows, status, controls(self.movie, self.time, self.clock), controls(self.imagine_button, self.ahead_slider, self.ghost_slider), self.pictures, self.stand, Fit(), Code(), theme)
 
 @patch
 @guarded
@@ -351,7 +400,7 @@ def _know(self:RolloutView, *_):
 @guarded
 def _mode(self:RolloutView, *_): self.planner_menu.disabled = self.mode != "plan"
 
-# %% ../nbs/53_rollout_view.ipynb #6aad9241
+# %% ../nbs/53_rollout_view.ipynb #77fe6145
 @patch
 @guarded
 def run(self:RolloutView,
@@ -421,7 +470,7 @@ def _move(self:RolloutView, *_):
     for c in self.columns[:len(self.names)]: c.move(self.at, self._step)
     self._clock()
 
-# %% ../nbs/53_rollout_view.ipynb #787ce232
+# %% ../nbs/53_rollout_view.ipynb #2dedcd59
 @patch
 @guarded
 def imagine(self:RolloutView,

@@ -27,6 +27,10 @@ def fitting(view):
     "No figure is wider than what holds it."
     return view.evaluate("v => [...v.querySelectorAll('.tdmpc-fit .js-plotly-plot')].every(p => { const b = p.closest('.tdmpc-fit'); return p.querySelector('.main-svg').getBoundingClientRect().width <= b.clientWidth + 2; })")
 
+def drawn(view):
+    "Every figure has curves; one that has none was lost on the way to the page."
+    return view.evaluate("v => [...v.querySelectorAll('.js-plotly-plot')].every(p => p.data && p.data.length)")
+
 def idle(view): until(lambda: view.locator("button:has-text('Run'):not([disabled])").count() == 1)
 
 @pytest.mark.parametrize("width, dark", [(1000, False), (1900, True)])
@@ -37,6 +41,8 @@ def test_every_control(lab, width, dark):
         look = lambda: films.first if draws else view.locator(".js-plotly-plot").first
         time.sleep(1)
         page.shot("first"); page.fits()
+        assert drawn(view), (page.errors, view.evaluate("v => [...v.querySelectorAll('.js-plotly-plot')].map(p => [p.data && p.data.length, p.layout && Object.keys(p.layout)])"))
+        until(lambda: fitting(view))
 
         # Time: by key, by Play, by a click into a curve and into the path
         page.changes(look(), lambda: page.nudge(view, "time"))
