@@ -53,8 +53,9 @@ def timeline(
     at:int=0,         # The cursor, a decision
     limits:dict={},   # From `limits`; those of the trace itself where a row is not named
     dark:bool=False,  # On a dark page?
+    imagined=None,    # An `Imagined` whose stretch is marked, or None
 ) -> go.Figure:
-    "Rewards, values, the planner's spread and actions over the decisions; shape 0 is the cursor, shape 1 a stretch that can be marked."
+    "Rewards, values, the planner's spread and actions over the decisions; shape 0 is the cursor, shape 1 what was imagined."
     T, A, c, ink = len(trace), trace.action.shape[1], hue(colour, dark), INK[dark]
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=0.075)
     def line(row, y, name, colour, **kw):
@@ -65,17 +66,17 @@ def timeline(
     for row, x in ((3, trace.std[:, 0]), (4, trace.action)):
         for a in range(A): line(row, x[:, a], f"action {a + 1}", series(a, dark))
     acts = [(f"{a + 1}", series(a, dark)) for a in range(A)]
-    heads = ([("reward:", None), ("observed", ink["faint"]), ("predicted", c)], [("discounted return:", None), ("observed", ink["faint"]), ("value", c)],
-             [("planner's std:" if trace.mode == "plan" else "policy's std, before tanh:", None), *acts], [("action:", None), *acts])
+    heads = ([("reward:", None), ("observed", ink["faint"]), ("predicted", c)], [("return to go:", None), ("observed", ink["faint"]), ("value", c)],
+             [(f"{'planner' if trace.mode == 'plan' else 'policy'}'s std:", None), *acts], [("action:", None), *acts])
     themed(fig, height=430, dark=dark, showlegend=False).update_layout(margin=dict(l=50, r=10, t=24, b=40), hovermode="x", hoverdistance=-1)
-    for row, (words, (name, title)) in enumerate(zip(heads, dict(reward="reward", value="return", std="std", action="action").items()), 1):
+    for row, (words, (name, title)) in enumerate(zip(heads, dict(reward="reward", value="discounted", std="std" if trace.mode == "plan" else "before tanh", action="action").items()), 1):
         low, high = fig.layout[f"yaxis{row if row > 1 else ''}"].domain
         fig.add_annotation(text=_said(words), x=0, xref="paper", y=high, yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font_size=12)
         fig.update_yaxes(title=dict(text=title, font_size=11, standoff=4), range=list(limits[name]) if name in limits else None, nticks=4, row=row, col=1)
     fig.update_xaxes(range=[-0.5, max(T, 1) + 0.5], title_font_size=11)
     fig.update_xaxes(title_text=f"decision ({trace.seconds:g} s each)", row=4, col=1)
     cursor, band = dict(type="line", line=dict(color=ink["text"], width=1.2)), dict(type="rect", fillcolor=ink["band"], line_width=0, layer="below")
-    return fig.update_layout(shapes=[dict(xref="x", yref="paper", x0=x0, x1=x1, y0=0, y1=1) | s for x0, x1, s in ((at, at, cursor), (-1, -1, band))])
+    return fig.update_layout(shapes=[dict(xref="x", yref="paper", x0=x0, x1=x1, y0=0, y1=1) | s for x0, x1, s in ((at, at, cursor), (-1, -1, band) if imagined is None else (imagined.t, min(imagined.t + len(imagined), T + 0.5), band))])
 
 # %% ../nbs/53_rollout_view.ipynb #d3812946
 def origin(
@@ -164,8 +165,8 @@ def trust(
 ) -> str:
     "How far it went well, in a sentence."
     K, k = len(imagined), imagined.usable
-    far = f"all {K} imagined steps beat" if k == K else "no imagined step beats" if k == 0 else f"{k} of {K} imagined steps beat"
-    return f"{far} “nothing changed”; reward off by {imagined.reward_error:.2f} a decision ({imagined.reward.sum():.1f} imagined, {imagined.true_reward.sum():.1f} simulated)."
+    far = f"for all {K} steps" if k == K else "not even for one step" if k == 0 else f"for {k} of {K} steps"
+    return f"The imagined latent beats “nothing changed” {far}; reward off by {imagined.reward_error:.2f} a decision ({imagined.reward.sum():.1f} imagined, {imagined.true_reward.sum():.1f} simulated)."
 
 # %% ../nbs/53_rollout_view.ipynb #a664706c
 def ghost(
@@ -299,7 +300,7 @@ def draw(self:Column, at, step, limits, dark):
     "Everything anew."
     tell = lambda f: lambda _, points, __: f(int(round(points.xs[0]))) if points.xs else None
     self.head.value = f'<div style="{_ONE_LINE}" title="{escape(self.name)}"><b style="color: {hue(self.colour, dark)}">{escape(self.name)}</b>: return {self.trace.total:.1f} in {len(self.trace)} decisions</div>'
-    self.put("line", timeline(self.trace, self.colour, at, limits, dark))
+    self.put("line", timeline(self.trace, self.colour, at, limits, dark, self.dreamt))
     self.put("path", path(self.trace, self.plane, self.colour, at, self.dreamt, dark))
     for t in self.line.data: t.on_click(tell(self.jump))
     self.path.data[0].on_click(lambda _, points, __: self.jump(points.point_inds[0]) if points.point_inds else None)
@@ -437,14 +438,13 @@ def play(self:RolloutView, tell, names, task, seed, mode, cfg, steps) -> dict:
 @patch
 def take(self:RolloutView, run):
     "Show what was played."
-    self.names, self.traces, self.stage, self.limits, self.dreamt_at = run["names"], run["traces"], run["stage"], limits(run["traces"]), None
+    played, self.dreamt_at, self.at, self.ghost_slider.disabled = len(run["traces"][0]), None, 0, True
+    for w in (self.time, self.movie): w.max = played
+    self.names, self.traces, self.stage, self.limits = run["names"], run["traces"], run["stage"], limits(run["traces"])
     labels = [n if n not in self.names[:i] else f"{n} ({i + 1})" for i, n in enumerate(self.names)]
     hues = colours(["teacher" if l == "teachers" else l for l in labels]).values()
     while len(self.columns) < len(labels): self.columns.append(Column(self.jump, self.to_step))
     for c, *what in zip(self.columns, labels, self.traces, hues, planes(self.names, self.traces), run["frames"]): c.fill(*what, run["every"])
-    played, self.ghost_slider.disabled = len(self.traces[0]), True
-    for w in (self.time, self.movie): w.max = played
-    self.at = 0
     self.pictures.value = "" if run["frames"][0] else "No pictures here, since nothing draws: the curves are complete without. On Debian or Ubuntu install libegl1 and libgl1-mesa-dri."
     self.draw()
     self.stand.children = [c.widget for c in self.columns[:len(self.names)]]

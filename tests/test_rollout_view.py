@@ -84,7 +84,7 @@ def test_imagine_and_its_ghost(view):
     eq(view.message, "")
     eq((view.dreamt_at, view.ghost, view.ghost_slider.max), (12, 6, 6))
     c = view.columns[0]
-    eq(len(c.dreamt), 6); assert "6 imagined steps" in c.trust.value and len(c.path.data[2].x) == 7
+    eq(len(c.dreamt), 6); assert "reward off by" in c.trust.value and len(c.path.data[2].x) == 7
     assert not c.ghosts or c.image.value == c.ghosts[6]
     view.ghost_slider.value = 2
     eq(c.dream.layout.shapes[0].x0, 2); assert not c.ghosts or c.image.value == c.ghosts[2]
@@ -113,7 +113,10 @@ def test_stop_leaves_what_was_played():
     def stop(change):
         if change.new > 0.02: v.job.stop()
     v.job.observe(stop, "progress")
+    said = []
+    v.observe(lambda c: said.append(c.new), "message")
     v.run(wait=True)
+    assert not any("Error" in s for s in said), said
     n = len(v.traces[0])
     assert 0 < n < 500 and f"Stopped after {n} decisions" in v.message, v.message
     eq((v.time.max, len(v.stand.children), len(v.columns[0].line.data[0].x)), (n, 1, n))
