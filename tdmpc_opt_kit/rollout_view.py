@@ -69,7 +69,7 @@ def timeline(
     heads = ([("reward:", None), ("observed", ink["faint"]), ("predicted", c)], [("return to go:", None), ("observed", ink["faint"]), ("value", c)],
              [(f"{'planner' if trace.mode == 'plan' else 'policy'}'s std:", None), *acts], [("action:", None), *acts])
     themed(fig, height=430, dark=dark, showlegend=False).update_layout(margin=dict(l=50, r=10, t=24, b=40), hovermode="x", hoverdistance=-1)
-    for row, (words, (name, title)) in enumerate(zip(heads, dict(reward="reward", value="discounted", std="std" if trace.mode == "plan" else "before tanh", action="action").items()), 1):
+    for row, (words, (name, title)) in enumerate(zip(heads, dict(reward="reward", value="disc. return", std="std" if trace.mode == "plan" else "before tanh", action="action").items()), 1):
         low, high = fig.layout[f"yaxis{row if row > 1 else ''}"].domain
         fig.add_annotation(text=_said(words), x=0, xref="paper", y=high, yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font_size=12)
         fig.update_yaxes(title=dict(text=title, font_size=11, standoff=4), range=list(limits[name]) if name in limits else None, nticks=4, row=row, col=1)
