@@ -49,7 +49,7 @@ def test_every_control(lab, width, dark):
         view.evaluate(WATCH)
         waits = []
         for _ in range(6):
-            page.nudge(view, "time"); time.sleep(0.5)
+            page.nudge(view, "time"); until(lambda: page.page.evaluate("window.__said.cursor") is not None); time.sleep(0.3)
             said = page.page.evaluate("window.__said")
             waits.append((said.get("image"), said["cursor"]))
         for what, took in zip(("frame", "cursor"), zip(*waits)):
