@@ -239,7 +239,7 @@ def controls(
     *widgets, # Of one row
 ) -> W.Box:
     "A row that wraps where the page is narrow."
-    return W.Box(list(widgets), layout=W.Layout(display="flex", flex_flow="row wrap", align_items="center", gap="4px 14px", width="100%"))
+    return W.Box(list(widgets), layout=W.Layout(display="flex", flex_flow="row wrap", align_items="center", grid_gap="4px 14px", width="100%"))
 
 # %% ../nbs/52_widgets.ipynb #6401e238
 _loaded = {}
