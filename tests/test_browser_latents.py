@@ -1,0 +1,135 @@
+"""explore_latents in a real browser: points show their frames, every control changes the picture, in both themes and widths."""
+import re, time
+
+import pytest
+from lab import lab
+
+TABS = ("Map", "Tasks", "CKA", "Probes", "Model error")
+
+def idle(page, view, timeout=60):
+    "Until nothing is computed; the Stop button hides then."
+    end = time.monotonic() + timeout
+    quiet = 0
+    while quiet < 3:
+        time.sleep(0.1)
+        quiet = 0 if view.locator("button:has-text('Stop'):visible").count() else quiet + 1
+        if time.monotonic() > end: pytest.fail(f"{page.name}: still computing after {timeout} s; see {page.shot('busy')}")
+
+def tab(view, name): view.locator(f".lm-TabBar-tab:has-text('{name}')").first.click()
+def figure(view): return view.locator(".js-plotly-plot:visible").first
+def message(view): return view.locator(".widget-html:visible").all_text_contents()
+
+def hover(page, view, wait=15):
+    "Point at states until one answers: the middle of the densest place of the first trace, from plotly's own axes."
+    at = figure(view).evaluate("""g => { const t = g._fullData[0], x = t.x, y = t.y, xa = g._fullLayout.xaxis, ya = g._fullLayout.yaxis, r = g.getBoundingClientRect();
+        const i = Math.floor(x.length / 2); return [r.left + xa._offset + xa.l2p(x[i]), r.top + ya._offset + ya.l2p(y[i])]; }""")
+    page.page.mouse.move(at[0] - 40, at[1] - 40)
+    page.page.mouse.move(*at, steps=4)
+    return at
+
+@pytest.mark.parametrize(("width", "dark"), [(1000, False), (1900, True)])
+def test_explore_latents(lab, width, dark):
+    with lab.open("explore_latents", width, dark=dark) as page:
+        view = page.show()
+        idle(page, view)
+        figure(view).wait_for(timeout=20_000)
+        page.shot("map")
+        page.fits()
+        at = hover(page, view)
+        view.locator("img:visible").first.wait_for(timeout=20_000)
+        assert view.locator("td:has-text('decision')").count()
+        frame = view.locator("img").first
+        before = frame.get_attribute("src")
+        page.choose(view, "picture on", "click")
+        page.page.mouse.move(at[0] + 60, at[1])
+        other = figure(view).evaluate("""g => { const k = 1, t = g._fullData[k], xa = g._fullLayout.xaxis, ya = g._fullLayout.yaxis, r = g.getBoundingClientRect(), i = 3;
+            return [r.left + xa._offset + xa.l2p(t.x[i]), r.top + ya._offset + ya.l2p(t.y[i])]; }""")
+        page.page.mouse.move(*other, steps=3)
+        page.page.mouse.click(*other)
+        end = time.monotonic() + 15
+        while frame.get_attribute("src") == before:
+            assert time.monotonic() < end, f"no other frame; see {page.shot('no-frame')}"
+            time.sleep(0.1)
+        page.shot("frame")
+        for c in ("reward", "value", "time", "agent"): page.changes(figure(view), lambda: page.choose(view, "colour", c))
+        page.shot("coloured")
+        page.changes(figure(view), lambda: page.choose(view, "agent 2", "student int4"))
+        idle(page, view)
+        page.changes(figure(view), lambda: view.locator("label:has-text('one map for all') input, .widget-checkbox input").first.click())
+        idle(page, view)
+        page.shot("together")
+        page.changes(figure(view), lambda: page.choose(view, "method", "t-SNE"), timeout=60)
+        idle(page, view)
+        page.changes(figure(view), lambda: page.nudge(view, "neighbours"), timeout=60)
+        idle(page, view)
+        page.changes(figure(view), lambda: page.choose(view, "agent 3", "student fp16"), timeout=60)
+        idle(page, view)
+        view.locator("button:text-is('cup-catch')").first.click()  # a task less
+        idle(page, view)
+        assert not figure(view).locator("text=cup-catch").count()
+        for b in ("none",):
+            view.locator(f"button:text-is('{b}')").first.click()
+            view.locator("text=tasks: none is chosen").wait_for(timeout=10_000)
+        view.locator("button:text-is('cup-catch')").first.click()
+        view.locator("button:text-is('pendulum-spin')").first.click()
+        idle(page, view)
+        page.choose(view, "method", "PCA")
+        page.choose(view, "agent 1", "teachers")
+        view.locator("text=latents are of different widths").wait_for(timeout=10_000)
+        page.choose(view, "agent 1", "student")
+        idle(page, view)
+        page.changes(figure(view), lambda: page.choose(view, "played by", "teachers"))
+        idle(page, view)
+        page.changes(figure(view), lambda: page.nudge(view, "episodes a task"))
+        idle(page, view)
+        view.locator("input[placeholder*='path']").fill("nobody.safetensors")
+        page.press(view, "Add")
+        view.locator("text=There is no agent").wait_for(timeout=10_000)
+
+        tab(view, "Tasks"); idle(page, view)
+        page.changes(figure(view), lambda: page.choose(view, "linkage", "single"))
+        page.shot("tasks"); page.fits()
+        page.changes(figure(view), lambda: page.choose(view, "agent", "student int4"))
+        page.choose(view, "agent", "teachers")
+        view.locator("text=without task embeddings").wait_for(timeout=10_000)
+
+        tab(view, "CKA"); idle(page, view)
+        page.shot("cka"); page.fits()
+        page.changes(figure(view), lambda: view.locator("div.widget-dropdown:visible:has(.widget-label:text-is('agent 1')) select").first.select_option("student int4"))
+        idle(page, view)
+        page.changes(figure(view), lambda: view.locator("div.widget-dropdown:visible:has(.widget-label:text-is('agent 2')) select").first.select_option("student fp16"))
+        idle(page, view)
+        page.choose(view, "order by", "task")
+
+        tab(view, "Probes"); idle(page, view)
+        figure(view).wait_for(timeout=20_000)
+        page.shot("probes"); page.fits()
+        page.changes(figure(view), lambda: view.locator("div.widget-dropdown:visible:has(.widget-label:text-is('task')) select").first.select_option("cup-catch"))
+        idle(page, view)
+        page.changes(figure(view), lambda: view.locator("div.widget-dropdown:visible:has(.widget-label:text-is('agent 3')) select").first.select_option("none"))
+        idle(page, view)
+
+        tab(view, "Model error"); idle(page, view)
+        page.shot("error"); page.fits()
+        page.changes(figure(view), lambda: page.nudge(view, "step"))
+        page.changes(figure(view), lambda: view.locator("div.widget-dropdown:visible:has(.widget-label:text-is('agent 2')) select").first.select_option("student int4"))
+        idle(page, view)
+        page.no_errors()
+        page.fits()
+
+def test_redraws_are_quick(lab):
+    "From the choice to the changed picture."
+    with lab.open("explore_latents", 1900) as page:
+        view = page.show()
+        idle(page, view)
+        page.page.evaluate("""() => { window.redrawn = []; const g = [...document.querySelectorAll('.tdmpc-view .js-plotly-plot')].find(e => e.offsetParent); g.on('plotly_afterplot', () => window.redrawn.push(performance.now())); window.fig = g; }""")
+        took = []
+        for c in ("reward", "value", "time", "task"):
+            page.page.evaluate("() => { window.redrawn = []; }")
+            t0 = page.page.evaluate("() => performance.now()")
+            page.choose(view, "colour", c)
+            page.page.wait_for_function("() => window.redrawn.length", timeout=10_000)
+            time.sleep(0.3)
+            took.append(page.page.evaluate("() => window.redrawn[window.redrawn.length - 1]") - t0)
+        print("choice to picture, ms:", [round(t) for t in took])
+        assert min(took) < 1000, took
