@@ -83,7 +83,7 @@ def map_figure(
 ) -> go.Figure:
     "A panel for each agent (one for all where they share their axes); raises `ConfigError` for a value that nobody has."
     panels, look, ink = [p.agents] if p.together else [[a] for a in p.agents], looks(p.tasks, dark), INK[dark]
-    fig = make_subplots(1, len(panels), subplot_titles=[" and ".join(names) for names in panels] if len(p.agents) > 1 else None, horizontal_spacing=0.07)
+    fig = make_subplots(1, len(panels), subplot_titles=[", ".join(names) for names in panels] if len(p.agents) > 1 else None, horizontal_spacing=0.07)
     for col, names in enumerate(panels, 1):
         for a in names:
             number, c = _colouring(p, colour, a), p.agents.index(a)
@@ -175,11 +175,11 @@ def probe_figure(
         d = [results[b][n]["r2"] - results[a][n]["r2"] for n in names]
         fig.add_bar(x=np.clip(d, -1, 1), y=np.arange(len(names)) + 0.2 * (2 * k - len(agents) + 2), orientation="h", width=0.3, marker_color=series(k + 1, dark), name=f"{b} less {a}", customdata=d, text=names, textposition="none",
             hovertemplate="%{text}: %{customdata:+.3f}<extra>" + f"{b} less {a}</extra>", row=1, col=2)
-    themed(fig, f"Linear probes{f' on {task}' if task else ''}: quantities read from episodes not seen, R²", 170 + 26 * len(names), dark)
+    themed(fig, f"Linear probes{f' on {task}' if task else ''}: quantities read from episodes not seen, R²", 220 + 26 * len(names), dark)
     fig.update_yaxes(range=[len(names) - 0.4, -0.6], zeroline=False).update_yaxes(tickvals=np.arange(len(names)), ticktext=names, row=1, col=1)
     fig.update_xaxes(title_text="R² (1: without error, 0: no better than the mean)", range=[LOWEST - 0.03, 1.03], zeroline=True, zerolinecolor=ink["axis"], row=1, col=1)
     fig.update_xaxes(title_text="difference of R²", zeroline=True, zerolinecolor=ink["axis"], row=1, col=2)
-    return fig.update_layout(margin=dict(l=30 + 6.6 * width, t=100, b=50), legend=dict(y=1 + 34 / (26 * len(names) + 20)), barmode="overlay")
+    return fig.update_layout(margin=dict(l=30 + 6.6 * width, t=76, b=50), legend=dict(y=-62 / (26 * len(names) + 44), yanchor="top"), barmode="overlay")
 
 # %% ../nbs/55_latent_view.ipynb #70388d7e
 def error_figure(
@@ -202,12 +202,13 @@ def error_figure(
         fig.add_scatter(x=ratio[:, step - 1], y=np.arange(len(tasks)) + 0.16 * (i - (len(errors) - 1) / 2), mode="markers", marker=dict(color=c, size=10), legendgroup=agent, showlegend=False, customdata=[100 * e.worse(t)[step - 1] for t in tasks],
             text=tasks, hovertemplate="%{text}: %{x:.2f}; nothing changed is nearer<br>on %{customdata:.0f} % of the starts<extra>" + agent + "</extra>", row=1, col=2)
     themed(fig, "Latent prediction error over that of “nothing changed”", max(380, 170 + 24 * len(tasks)), dark)
-    line = dict(color=ink["text"], width=1.5, dash="dash")
+    line, marks = dict(color=ink["text"], width=1.5, dash="dash"), [m * 10.**k for k in range(-4, 4) for m in (1, 2, 5)]
+    ticks = dict(tickvals=marks, ticktext=[f"{m:g}" for m in marks])
     fig.add_shape(type="line", x0=step, x1=step, y0=0, y1=1, xref="x", yref="y domain", line=dict(color=ink["faint"], width=1.5, dash="dot"))
     fig.add_shape(type="line", x0=0, x1=1, y0=1, y1=1, xref="x domain", yref="y", line=line)
     fig.add_shape(type="line", x0=1, x1=1, y0=0, y1=1, xref="x2", yref="y2 domain", line=line)
-    fig.update_xaxes(title_text="horizon, decisions without looking", dtick=1 if first.horizon < 20 else 5, row=1, col=1).update_yaxes(title_text="ratio of mean errors", type="log", dtick="D2" , row=1, col=1)
-    fig.update_xaxes(title_text=f"ratio of mean errors at step {step}", type="log", dtick="D2", row=1, col=2).update_yaxes(tickvals=np.arange(len(tasks)), ticktext=tasks, range=[len(tasks) - 0.5, -0.5], row=1, col=2)
+    fig.update_xaxes(title_text="horizon, decisions without looking", dtick=1 if first.horizon < 20 else 5, row=1, col=1).update_yaxes(title_text="ratio of mean errors", type="log", **ticks, row=1, col=1)
+    fig.update_xaxes(title_text=f"ratio of mean errors at step {step}", type="log", **ticks, row=1, col=2).update_yaxes(tickvals=np.arange(len(tasks)), ticktext=tasks, range=[len(tasks) - 0.5, -0.5], row=1, col=2)
     return fig.update_layout(margin=dict(l=60, t=70, b=50))
 
 # %% ../nbs/55_latent_view.ipynb #ed52fa57
@@ -329,8 +330,8 @@ def _build(self:LatentView):
     self.again.on_click(lambda _: self.update())
     self.figures = [show(themed(go.Figure(), "", h, self.dark)) for h in (480, 480, 480, 480, 480)]
     self.image, self.caption = W.Image(format="jpeg", layout=W.Layout(width="300px", display="none")), W.HTML("Point at a state to see it.", layout=W.Layout(width="300px"))
-    side = W.VBox([self.image, self.caption], layout=W.Layout(flex="0 0 310px"))
-    self.place = W.Box([self.figures[0]], layout=W.Layout(flex="1 1 480px", min_width="0px", display="block"))
+    side = W.VBox([self.image, self.caption], layout=W.Layout(flex="0 0 304px"))
+    self.place = W.Box([self.figures[0]], layout=W.Layout(flex="1 1 440px", min_width="0px", display="block"))
     self.join = W.Checkbox(self.together, description="one map for all", indent=False, layout=W.Layout(width="130px"))
     traitlets.link((self, "together"), (self.join, "value"))
     self.near = number("neighbours", 2, 100, "neighbours", disabled=self.method == "PCA")
@@ -540,7 +541,7 @@ def draw_tab(self:LatentView, tab):
     data, _ = self.data[tab]
     if tab == 0:
         self.points = data
-        self.place.layout.flex = f"1 1 {480 if len(data.agents) == 1 or data.together else 700}px"
+        self.place.layout.flex = f"1 1 {440 if len(data.agents) == 1 or data.together else 700}px"
         redraw(self.figures[0], map_figure(data, self.colour, self.point, self.dark))
         return self._listen()
     redraw(self.figures[tab], similarity_figure(*data, self.dark) if tab == 1 else cka_figure(*data, self.order, self.dark) if tab == 2 else probe_figure(*data, self.dark) if tab == 3 else error_figure(data, self.step, self.dark))
@@ -574,7 +575,7 @@ def _pointed(self:LatentView, change):
     e = self.recorded[p.episode[at]]
     rows = [("task", p.task[at]), ("decision", f"{p.decision[at]} of {len(e)}"), ("reward", f"{p.reward[at]:.2f} (0 to 2)"), *((f"value, {a}", f"{v[at]:.1f}") for a, v in p.value.items() if v is not None),
             ("episode", f"return {np.nansum(e.reward):.0f}, noise {e.noise:g}")]
-    self.caption.value = "<table>" + "".join(f'<tr><td style="opacity: 0.7; padding-right: 12px">{escape(k)}</td><td>{escape(str(v))}</td></tr>' for k, v in rows) + "</table>"
+    self.caption.value = '<table style="line-height: 1.35; font-size: 12px">' + "".join(f'<tr><td style="opacity: 0.7; padding: 1px 12px 1px 0">{escape(k)}</td><td style="padding: 1px 0">{escape(str(v))}</td></tr>' for k, v in rows) + "</table>"
     with self._lock:
         self._wanted = at, e, int(p.decision[at])
         if self._filming is None:
