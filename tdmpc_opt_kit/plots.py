@@ -93,7 +93,8 @@ def picture(
     from PIL import Image as Pixels
     try: data = png(fig, scale)
     except RuntimeError: return fig
-    Pixels.open(io.BytesIO(data)).convert("RGB").quantize(64).save(small := io.BytesIO(), "png", optimize=True)
+    paper = Pixels.open(io.BytesIO(data)).convert("RGBA")
+    Pixels.alpha_composite(Pixels.new("RGBA", paper.size, "white"), paper).convert("RGB").quantize(64).save(small := io.BytesIO(), "png", optimize=True)  # A view's figures have no paper of their own
     return Image(small.getvalue(), width=fig.layout.width)
 
 def save_figure(
