@@ -107,6 +107,7 @@ def redraw(
             for old, new in zip(widget.data, fig.data): old.update(new.to_plotly_json(), overwrite=True)
     layout = dict(shapes=[], annotations=[]) | fig.layout.to_plotly_json()
     with widget.batch_update(): widget.layout.update(layout, overwrite=True)
+    widget._widget_data, widget._widget_layout = deepcopy(widget._data), deepcopy(widget._layout_obj._props)  # For a page that has not loaded the figure's code yet: it misses the messages
 
 # %% ../nbs/52_widgets.ipynb #bc6a1f53
 def jpeg(
