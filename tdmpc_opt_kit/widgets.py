@@ -42,7 +42,12 @@ class Theme(anywidget.AnyWidget):
       const watch = new MutationObserver(tell);
       watch.observe(document.body, { attributes: true });
       tell();
-      return () => watch.disconnect();
+      const wrong = (plot) => plot._fullLayout && plot.clientWidth && Math.abs(plot._fullLayout.width - plot.clientWidth) > 1;
+      const size = new ResizeObserver((seen) => {
+        if ([...seen[0].target.querySelectorAll(".js-plotly-plot")].some(wrong)) window.dispatchEvent(new Event("resize"));
+      });
+      requestAnimationFrame(() => { const view = el.closest(".tdmpc-view"); if (view) size.observe(view); });
+      return () => { watch.disconnect(); size.disconnect(); };
     }
     export default { render };
     """
