@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'COLOURINGS', 'LOWEST', 'VIEW_PRESETS', 'TABS', 'looks', 'Points', 'map_figure', 'similarity_figure',
-           'cka_figure', 'probe_figure', 'error_figure', 'Camera', 'known_tasks', 'LatentView']
+           'cka_figure', 'probe_figure', 'error_figure', 'Camera', 'known_tasks', 'Fit', 'LatentView']
 
 # %% ../nbs/55_latent_view.ipynb #6e32cdb3
 import threading
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from html import escape
 from types import SimpleNamespace
 
+import anywidget
 import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
 import traitlets
+from comm import DummyComm
 from fastcore.basics import patch
 from plotly.subplots import make_subplots
 from traitlets import Bool, Int, Tuple, Unicode
@@ -96,7 +98,7 @@ def map_figure(
                 key = a if colour == "agent" else t
                 fig.add_scattergl(x=p.xy[a][rows, 0], y=p.xy[a][rows, 1], mode="markers", marker=marker, name=key, legendgroup=key, meta=[a, t], showlegend=number is None and (t == p.tasks[0] if colour == "agent" else a == p.agents[0]),
                     customdata=np.stack([rows, p.decision[rows], p.reward[rows], value], 1).astype(np.float32), row=1, col=col,
-                    hovertemplate="%{meta[1]}, decision %{customdata[1]}<br>reward %{customdata[2]:.2f}, value %{customdata[3]:.1f}<extra>%{meta[0]}</extra>")
+                    hovertemplate="%{meta[1]}, decision %{customdata[1]}<br>reward %{customdata[2]:.2f}, value %{customdata[3]:.1f}<br>%{meta[0]}<extra></extra>")
     for col, names in enumerate(panels, 1):
         here = np.stack([p.xy[a][at] for a in names]) if 0 <= at < len(p) else np.zeros((0, 2))
         fig.add_scattergl(x=here[:, 0], y=here[:, 1], mode="markers", name="chosen", hoverinfo="skip", showlegend=False, marker=dict(size=15, symbol="circle-open", color=ink["text"], line=dict(width=3, color=ink["text"])), row=1, col=col)
@@ -263,7 +265,23 @@ def known_tasks(
     except (ConfigError, OSError, KeyError): pass  # A folder of specialists has no card of its own
     return tuple(t.name for t in models.tasks if not said or t.name in said)
 
-# %% ../nbs/55_latent_view.ipynb #f40778d7
+# %% ../nbs/55_latent_view.ipynb #61a3d971
+class Fit(anywidget.AnyWidget):
+    "Has figures measure their boxes again whenever `tick` changes."
+    _esm = """
+    function render({ model, el }) {
+      el.style.display = "none";
+      const wrong = (p) => p._fullLayout && p.clientWidth && Math.abs(p._fullLayout.width - p.clientWidth) > 1;
+      const look = () => { if ([...document.querySelectorAll(".tdmpc-view .js-plotly-plot")].some(wrong)) window.dispatchEvent(new Event("resize")); };
+      const soon = () => [50, 400, 1200, 3000].forEach((ms) => setTimeout(look, ms));
+      model.on("change:tick", soon);
+      return () => model.off("change:tick", soon);
+    }
+    export default { render };
+    """
+    tick = Int(0).tag(sync=True)
+
+# %% ../nbs/55_latent_view.ipynb #b75748f6
 VIEW_PRESETS = dict(
     tiny=dict(max_steps=60, episodes=2, points=120, horizon=5, starts=40, resamples=50),
     quick=dict(max_steps=500, episodes=4, points=1500, horizon=15, starts=300, resamples=300))
@@ -293,14 +311,14 @@ class LatentView(View):
         self.cfg = VIEW_PRESETS.get(preset or default_preset(), VIEW_PRESETS["quick"])
         super().__init__(**dict(episodes=self.cfg["episodes"]) | traits)
         self.camera, self.points, self.recorded, self.data, self._have, self._kept = Camera(), None, [], {}, {}, {}
-        self._wanted, self._lock, self._filming, self._pressing = None, threading.Lock(), None, False
+        self._wanted, self._lock, self._filming, self._pressing, self._drawing = None, threading.Lock(), None, False, threading.RLock()
         self._build()
         self.observe(self._changed, [*_menus, "tasks", "actor", "episodes", "method", "neighbours", "together", "linkage", "probe_task", "tab"])
         self.observe(self._redraw, ["colour", "order", "step"])
         self.observe(self._pointed, "point")
         self.update(wait)
 
-# %% ../nbs/55_latent_view.ipynb #f6500ebc
+# %% ../nbs/55_latent_view.ipynb #53c2b572
 @patch
 def _menu(self:LatentView, trait, options, description, width="190px", **kw):
     "A menu linked to a trait."
@@ -328,27 +346,29 @@ def _build(self:LatentView):
     self.chips = W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="2px 4px", align_items="center", width="100%"))
     self.again = W.Button(description="Compute", icon="refresh", tooltip="Compute what this tab shows, again if it was stopped", layout=W.Layout(width="110px"))
     self.again.on_click(lambda _: self.update())
-    self.figures = [show(themed(go.Figure(), "", h, self.dark)) for h in (480, 480, 480, 480, 480)]
+    self.figures, self.shown, self.drawn = [None] * len(TABS), {}, [False] * len(TABS)
     self.image, self.caption = W.Image(format="jpeg", layout=W.Layout(width="300px", display="none")), W.HTML("Point at a state to see it.", layout=W.Layout(width="300px"))
     side = W.VBox([self.image, self.caption], layout=W.Layout(flex="0 0 304px"))
-    self.place = W.Box([self.figures[0]], layout=W.Layout(flex="1 1 440px", min_width="0px", display="block"))
+    self.holders = [W.Box(layout=W.Layout(display="block", **(dict(width="100%", max_width="1250px") if i else dict(flex="1 1 440px", min_width="0px")))) for i in range(len(TABS))]
+    self.place, *holders = self.holders
     self.join = W.Checkbox(self.together, description="one map for all", indent=False, layout=W.Layout(width="130px"))
     traitlets.link((self, "together"), (self.join, "value"))
     self.near = number("neighbours", 2, 100, "neighbours", disabled=self.method == "PCA")
     self.far = number("step", 1, self.cfg["horizon"], "step")
     pages = [W.VBox([controls(*self._agents("map_a", "map_b", "map_c"), self._menu("method", METHODS, "method", "150px"), self.near, self._menu("colour", COLOURINGS, "colour", "140px"), self.join, self._menu("follow", ("hover", "click"), "picture on", "150px")),
                      W.Box([self.place, side], layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="10px", width="100%"))]),
-             W.VBox([controls(*self._agents("tree"), self._menu("linkage", ("average", "complete", "single"), "linkage")), self.figures[1]]),
-             W.VBox([controls(*self._agents("cka_a", "cka_b"), self._menu("order", ("value", "task"), "order by", "150px")), self.figures[2]]),
-             W.VBox([controls(*self._agents("probe_a", "probe_b", "probe_c"), self._menu("probe_task", [t.name for t in MT30], "task", "230px")), self.figures[3]]),
-             W.VBox([controls(*self._agents("error_a", "error_b", "error_c"), self.far), self.figures[4]])]
+             W.VBox([controls(*self._agents("tree"), self._menu("linkage", ("average", "complete", "single"), "linkage")), holders[0]]),
+             W.VBox([controls(*self._agents("cka_a", "cka_b"), self._menu("order", ("value", "task"), "order by", "150px")), holders[1]]),
+             W.VBox([controls(*self._agents("probe_a", "probe_b", "probe_c"), self._menu("probe_task", [t.name for t in MT30], "task", "230px")), holders[2]]),
+             W.VBox([controls(*self._agents("error_a", "error_b", "error_c"), self.far), holders[3]])]
     self.tabs = W.Tab(pages, titles=TABS, selected_index=self.tab)
     traitlets.link((self, "tab"), (self.tabs, "selected_index"))
     play = self.box.menu(self.actor, "played by", layout=W.Layout(width="200px"), style=dict(description_width="initial"))
     traitlets.link((self, "actor"), (play, "value"))
     self.observe(lambda _: self._press(), "tasks")
     self._chips()
-    self.layout(controls(play, number("episodes", 1, 12, "episodes a task"), self.again, self.box.widget), self.chips, self.tabs)
+    self.fit = Fit()
+    self.layout(controls(play, number("episodes", 1, 12, "episodes a task"), self.again, self.box.widget), self.chips, self.tabs, self.fit)
 
 @patch
 def _chips(self:LatentView):
@@ -376,7 +396,7 @@ def _press(self:LatentView):
         if isinstance(c, W.ToggleButton): c.value = c.description in tasks
     self._pressing = False
 
-# %% ../nbs/55_latent_view.ipynb #1ae34e85
+# %% ../nbs/55_latent_view.ipynb #3f7c682f
 @patch
 def chosen(self:LatentView, *traits) -> list:
     "The agents in some menus, each once; raises `ConfigError` if there are none or one of them does not know a task."
@@ -416,7 +436,7 @@ def _single(self:LatentView, agent):
     if len(models.models) > 1: raise ConfigError(f"agent: {agent} is {len(models.models)} networks of single tasks without task embeddings; choose a model of several tasks, such as the student.")
     return models.models[0]
 
-# %% ../nbs/55_latent_view.ipynb #a2a88e9a
+# %% ../nbs/55_latent_view.ipynb #c03a3b98
 @patch
 def _keep(self:LatentView, key, make):
     "A value that is computed once; the oldest go."
@@ -502,7 +522,7 @@ def _errors(self:LatentView, tell, c, agents):
         out[a] = model_error(agent_models(a), batch)
     return out, f"{self.cfg['starts']} starts a task from episodes played by {c.actor}."
 
-# %% ../nbs/55_latent_view.ipynb #cf4cdc22
+# %% ../nbs/55_latent_view.ipynb #c7f33bfa
 @patch
 @guarded
 def update(self:LatentView, wait=False):
@@ -523,7 +543,9 @@ def update(self:LatentView, wait=False):
 @patch
 def _changed(self:LatentView, change):
     if self.box.adding: return
-    if change["name"] == "tab": self._repaint()
+    if change["name"] == "tab":
+        self._repaint()
+        self.fit.tick += 1
     self.update()
 @patch
 @guarded
@@ -536,17 +558,39 @@ def draw(self:LatentView):
 
 @patch
 def draw_tab(self:LatentView, tab):
-    "One of them."
-    if tab not in self.data: return redraw(self.figures[tab], themed(go.Figure(), "", 480, self.dark))
-    data, _ = self.data[tab]
-    if tab == 0:
-        self.points = data
-        self.place.layout.flex = f"1 1 {440 if len(data.agents) == 1 or data.together else 700}px"
-        redraw(self.figures[0], map_figure(data, self.colour, self.point, self.dark))
-        return self._listen()
-    redraw(self.figures[tab], similarity_figure(*data, self.dark) if tab == 1 else cka_figure(*data, self.order, self.dark) if tab == 2 else probe_figure(*data, self.dark) if tab == 3 else error_figure(data, self.step, self.dark))
+    "One of them; `shown` has the figure, the page as soon as it can take it."
+    with self._drawing:
+        if tab not in self.data: return
+        data, _ = self.data[tab]
+        if tab == 0:
+            self.points = data
+            self.place.layout.flex = f"1 1 {440 if len(data.agents) == 1 or data.together else 700}px"
+            fig = map_figure(data, self.colour, self.point, self.dark)
+        else: fig = similarity_figure(*data, self.dark) if tab == 1 else cka_figure(*data, self.order, self.dark) if tab == 2 else probe_figure(*data, self.dark) if tab == 3 else error_figure(data, self.step, self.dark)
+        self.shown[tab] = fig
+        if self.figures[tab] is None: self._place(tab, fig)
+        elif self.drawn[tab]: redraw(self.figures[tab], fig)
+        self.fit.tick += 1
+        if tab == 0: self._listen()
 
-# %% ../nbs/55_latent_view.ipynb #95372062
+@patch
+def _place(self:LatentView, tab, fig):
+    "A tab's first figure, whole, where it can be seen."
+    f = self.figures[tab] = show(fig)
+    self.drawn[tab] = isinstance(f.comm, DummyComm)  # Without a page nothing waits
+    f.observe(lambda change: change["new"] and self._came(tab), ["_js2py_traceDeltas", "_js2py_layoutDelta"])
+    self.holders[tab].children = [f]
+
+@patch
+@guarded
+def _came(self:LatentView, tab):
+    "The page has drawn the figure and told what it filled in: now it listens."
+    with self._drawing:
+        if self.drawn[tab]: return
+        self.drawn[tab] = True
+        self.draw_tab(tab)
+
+# %% ../nbs/55_latent_view.ipynb #beec9f1b
 @patch
 def _listen(self:LatentView):
     "Hear of points under the mouse; traces come and go."
@@ -566,8 +610,9 @@ def _pointed(self:LatentView, change):
     p, at, fig = self.points, self.point, self.figures[0]
     if p is None or at >= len(p): return
     panels = [p.agents] if p.together else [[a] for a in p.agents]
-    with fig.batch_update():
-        for t, names in zip(fig.data[-len(panels):], panels):
+    if fig is None: return
+    with self._drawing, fig.batch_update():
+        for t, names in zip(fig.data[-len(panels):] if self.drawn[0] else (), panels):
             t.x, t.y = ([], []) if at < 0 else (p.xy[names[0]][[at], 0], p.xy[names[0]][[at], 1]) if len(names) == 1 else ([p.xy[a][at, 0] for a in names], [p.xy[a][at, 1] for a in names])
     if at < 0:
         self.caption.value, self.image.layout.display = "Point at a state to see it.", "none"

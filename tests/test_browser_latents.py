@@ -3,6 +3,7 @@ import time
 
 import pytest
 from lab import lab
+from processes import ROOT
 
 def idle(page, view, timeout=60):
     "Until nothing is computed; the Stop button hides then."
@@ -14,12 +15,21 @@ def idle(page, view, timeout=60):
         quiet = 0 if busy else quiet + 1
         if time.monotonic() > end: pytest.fail(f"{page.name}: still computing after {timeout} s; see {page.shot('busy')}")
 
-def tab(view, name): view.locator(f".lm-TabBar-tab:has-text('{name}')").first.click()
+def tab(page, view, name):
+    "Open a tab, and wait for its figure; it fills its box."
+    view.locator(f".lm-TabBar-tab:has-text('{name}')").first.click()
+    idle(page, view)
+    figure(view).wait_for(timeout=20_000)
+    end = time.monotonic() + 15
+    while abs(figure(view).evaluate("g => g._fullLayout.width - g.clientWidth")) > 1 or figure(view).evaluate("g => g.clientWidth") < 0.6 * min(1250, view.evaluate("v => v.clientWidth")):
+        assert time.monotonic() < end, f"{page.name}: the figure of {name} does not fill its box; see {page.shot('narrow')}"
+        time.sleep(0.2)
+
 def figure(view): return view.locator(".js-plotly-plot:visible").first
 def choose(view, label, value): view.locator(f".widget-dropdown:visible:has(.widget-label:text-is('{label}')) select").first.select_option(value)
 
-def hover(page, view, wait=15):
-    "Point at states until one answers: the middle of the densest place of the first trace, from plotly's own axes."
+def hover(page, view):
+    "Point at a state, found by plotly's own axes."
     at = figure(view).evaluate("""g => { const t = g._fullData[0], x = t.x, y = t.y, xa = g._fullLayout.xaxis, ya = g._fullLayout.yaxis, r = g.getBoundingClientRect();
         const i = Math.floor(x.length / 2); return [r.left + xa._offset + xa.l2p(x[i]), r.top + ya._offset + ya.l2p(y[i])]; }""")
     page.page.mouse.move(at[0] - 40, at[1] - 40)
@@ -50,6 +60,8 @@ def test_explore_latents(lab, width, dark):
             assert time.monotonic() < end, f"no other frame; see {page.shot('no-frame')}"
             time.sleep(0.1)
         page.shot("frame")
+        page.page.mouse.move(20, 20)  # What the mouse shows is no change
+        time.sleep(0.5)
         for c in ("reward", "value", "time", "agent"): page.changes(figure(view), lambda: choose(view, "colour", c))
         page.shot("coloured")
         page.changes(figure(view), lambda: choose(view, "agent 2", "student int4"))
@@ -84,15 +96,21 @@ def test_explore_latents(lab, width, dark):
         view.locator("input[placeholder*='path']").fill("nobody.safetensors")
         page.press(view, "Add")
         view.locator("text=There is no agent").wait_for(timeout=40_000)
+        view.locator("input[placeholder*='path']").fill(str(ROOT/"data"/"teachers"/"cup-catch.safetensors"))
+        page.press(view, "Add")
+        view.locator("text=is in the menus now").wait_for(timeout=40_000)
+        choose(view, "agent 3", str(ROOT/"data"/"teachers"/"cup-catch.safetensors"))
+        view.locator("text=does not know pendulum-spin").wait_for(timeout=40_000)
+        choose(view, "agent 3", "none")
 
-        tab(view, "Tasks"); idle(page, view)
+        tab(page, view, "Tasks")
         page.changes(figure(view), lambda: choose(view, "linkage", "single"))
         page.shot("tasks"); page.fits()
         page.changes(figure(view), lambda: choose(view, "agent", "student int4"))
         choose(view, "agent", "teachers")
         view.locator("text=without task embeddings").wait_for(timeout=40_000)
 
-        tab(view, "CKA"); idle(page, view)
+        tab(page, view, "CKA")
         page.shot("cka"); page.fits()
         page.changes(figure(view), lambda: choose(view, "agent 1", "student int4"))
         idle(page, view)
@@ -100,7 +118,7 @@ def test_explore_latents(lab, width, dark):
         idle(page, view)
         choose(view, "order by", "task")
 
-        tab(view, "Probes"); idle(page, view)
+        tab(page, view, "Probes")
         figure(view).wait_for(timeout=20_000)
         page.shot("probes"); page.fits()
         page.changes(figure(view), lambda: choose(view, "task", "cup-catch"))
@@ -108,7 +126,7 @@ def test_explore_latents(lab, width, dark):
         page.changes(figure(view), lambda: choose(view, "agent 3", "none"))
         idle(page, view)
 
-        tab(view, "Model error"); idle(page, view)
+        tab(page, view, "Model error")
         page.shot("error"); page.fits()
         page.changes(figure(view), lambda: page.nudge(view, "step"))
         page.changes(figure(view), lambda: choose(view, "agent 2", "student int4"))
