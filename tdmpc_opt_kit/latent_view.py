@@ -311,7 +311,7 @@ class LatentView(View):
         self.cfg = VIEW_PRESETS.get(preset or default_preset(), VIEW_PRESETS["quick"])
         super().__init__(**dict(episodes=self.cfg["episodes"]) | traits)
         self.camera, self.points, self.recorded, self.data, self._have, self._kept = Camera(), None, [], {}, {}, {}
-        self._wanted, self._lock, self._filming, self._pressing, self._drawing = None, threading.Lock(), None, False, threading.RLock()
+        self._wanted, self._lock, self._filming, self._pressing, self._drawing, self._pictured = None, threading.Lock(), None, False, threading.RLock(), None
         self._build()
         self.observe(self._changed, [*_menus, "tasks", "actor", "episodes", "method", "neighbours", "together", "linkage", "probe_task", "tab"])
         self.observe(self._redraw, ["colour", "order", "step"])
@@ -621,6 +621,7 @@ def _pointed(self:LatentView, change):
     rows = [("task", p.task[at]), ("decision", f"{p.decision[at]} of {len(e)}"), ("reward", f"{p.reward[at]:.2f} (0 to 2)"), *((f"value, {a}", f"{v[at]:.1f}") for a, v in p.value.items() if v is not None),
             ("episode", f"return {np.nansum(e.reward):.0f}, noise {e.noise:g}")]
     self.caption.value = '<table style="line-height: 1.35; font-size: 12px">' + "".join(f'<tr><td style="opacity: 0.7; padding: 1px 12px 1px 0">{escape(k)}</td><td style="padding: 1px 0">{escape(str(v))}</td></tr>' for k, v in rows) + "</table>"
+    if e is not self._pictured: self.image.layout.visibility = "hidden"  # No frame of another episode beside this one's numbers
     with self._lock:
         self._wanted = at, e, int(p.decision[at])
         if self._filming is None:
@@ -636,7 +637,7 @@ def _film(self:LatentView):
             (at, e, decision), self._wanted = self._wanted, None
         try:
             frame = in_worker(self.camera.frame, e, decision)
-            if self.point == at: self.image.value, self.image.layout.display = frame, "block"
+            if self.point == at: self.image.value, self.image.layout.display, self.image.layout.visibility, self._pictured = frame, "block", "visible", e
         except Exception as e: self.say(f"No picture: {e}", "bad")
 
 @patch

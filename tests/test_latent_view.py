@@ -58,6 +58,7 @@ def test_a_ring_and_a_frame(view):
     assert first[:2] == b"\xff\xd8" and p.task[30] in view.caption.value and view.image.layout.display == "block"
     view.point = 70
     assert bytes(view.filmed().image.value) != first
+    assert view.image.layout.visibility == "visible"
     view.point = 30
     assert bytes(view.filmed().image.value) == first, "kept, or drawn the same"
 
