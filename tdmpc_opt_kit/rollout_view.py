@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'FRAMES', 'limits', 'timeline', 'origin', 'Plane', 'planes', 'path', 'imagination', 'trust', 'ghost', 'Fit',
-           'Code', 'Figure', 'figure', 'Column', 'RolloutView']
+           'Column', 'RolloutView']
 
 # %% ../nbs/53_rollout_view.ipynb #5a8b6163
 import time, warnings
@@ -26,7 +26,7 @@ from .plots import colours
 from .quantize import SCHEMES
 from .rollout import Player, Stage, imagine as imagine_from
 from .tasks import EPISODE_LENGTH, MT30
-from .widgets import INK, AgentBox, Stopped, View, agent_models, controls, guarded, hue, jpeg, redraw, series, themed
+from .widgets import INK, AgentBox, Stopped, View, agent_models, controls, guarded, hue, jpeg, redraw, series, show, themed
 
 # %% ../nbs/53_rollout_view.ipynb #8fa3e1dc
 def limits(
@@ -214,44 +214,6 @@ class Fit(anywidget.AnyWidget):
     export default { render };
     """
 
-# %% ../nbs/53_rollout_view.ipynb #6bb6bdd5
-class Code(anywidget.AnyWidget):
-    "Plotly's code for the page."
-    _esm = """
-    export default {
-      initialize({ model }) { globalThis.tdmpcPlotly ??= import(URL.createObjectURL(new Blob([model.get("code")], { type: "text/javascript" }))); },
-      render({ el }) { el.style.display = "none"; },
-    };
-    """
-    code = Unicode().tag(sync=True)
-    def __init__(self): super().__init__(code=str(go.FigureWidget._esm))
-
-class Figure(go.FigureWidget):
-    "A figure of a page that has the code."
-    _esm = """
-    export default () => {
-      let figure, begun;
-      const begin = new Promise(done => { begun = done; });
-      return {
-        async initialize(context) {
-          while (!globalThis.tdmpcPlotly) await new Promise(done => setTimeout(done, 50));
-          figure = (await globalThis.tdmpcPlotly).default();
-          figure.initialize(context);
-          begun();
-        },
-        async render(context) { await begin; return figure.render(context); },
-      };
-    };
-    """
-
-def figure(
-    fig, # A plotly figure
-) -> Figure:
-    "As `show`."
-    w = Figure(fig)
-    w._config = dict(responsive=True, displaylogo=False, modeBarButtonsToRemove=["lasso2d", "select2d", "autoScale2d"])
-    return w
-
 # %% ../nbs/53_rollout_view.ipynb #46eac38b
 class Column:
     "What is shown of one agent."
@@ -291,7 +253,7 @@ class Column:
 def put(self:Column, which, fig, *above):
     "Show a figure in its place, below something."
     have = getattr(self, which)
-    if have is None: setattr(self, which, have := figure(fig))
+    if have is None: setattr(self, which, have := show(fig))
     else: redraw(have, fig)
     self.places[which].children = (*above, have)
 
@@ -383,7 +345,7 @@ def _controls(self:RolloutView):
     self.pictures, self.stand = W.HTML(), W.Box([W.HTML("Nothing was played yet: choose, and press Run.")], layout=W.Layout(display="flex", width="100%", grid_gap="0 14px", align_items="flex-start"))
     self.layout(controls(*menus, self.box.widget), controls(self.task_menu, self.seed_box, self.mode_menu, self.planner_menu, self.steps_slider, self.play_button))
     *rows, status, theme = self.widget.children  # Messages belong above the pictures, which are taller than the page
-    self.widget.children = (*rows, status, controls(self.movie, self.time, self.clock), controls(self.imagine_button, self.ahead_slider, self.ghost_slider), self.pictures, self.stand, Fit(), Code(), theme)
+    self.widget.children = (*rows, status, controls(self.movie, self.time, self.clock), controls(self.imagine_button, self.ahead_slider, self.ghost_slider), self.pictures, self.stand, Fit(), theme)
 
 @patch
 @guarded
