@@ -176,7 +176,7 @@ def losses(
     if not names: raise ConfigError("The metrics hold no losses.")
     columns, who = min(columns, len(names)), list(dict.fromkeys(r.get(by, "") for r in rows if any(r.get(n) is not None for n in names)))
     height, hue = math.ceil(len(names) / columns), colours(who)
-    fig = make_subplots(height, columns, subplot_titles=[n.removesuffix("_loss").replace("_", " ") for n in names], vertical_spacing=0.14 / max(1, height - 1) if height > 1 else 0, horizontal_spacing=0.07)
+    fig = make_subplots(height, columns, subplot_titles=[n.removesuffix("_loss").replace("_", " ") for n in names], vertical_spacing=0.2 / max(1, height - 1) if height > 1 else 0, horizontal_spacing=0.07)
     for i, n in enumerate(names):
         series, at = _series(rows, n, "step", by), dict(row=i // columns + 1, col=i % columns + 1)
         for a, (x, y) in series.items():

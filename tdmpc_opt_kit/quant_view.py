@@ -790,6 +790,7 @@ def _on_agent(self:QuantView, change):
 @guarded
 def _on_bits(self:QuantView, change):
     if self._held: return
+    self.calm()
     wrong = [l for l in self.bits if l not in self._bench().layers] or [l for l, b in self.bits.items() if b not in OFFERED]
     if wrong:
         with self.held(): self.bits = change["old"]
@@ -804,6 +805,7 @@ def _on_bits(self:QuantView, change):
 @guarded
 def _on_preset(self:QuantView, change):
     if self._held or not self.preset: return
+    self.calm()
     if self.preset not in (*PRESETS, "mixed"):
         with self.held(): self.preset = change["old"]
         raise ConfigError(f"preset: there is no {change['new']!r}; there are {', '.join(PRESETS)} and mixed.{nearest(change['new'], PRESETS)}")

@@ -128,7 +128,7 @@ def path(
     for z, name, dash, shade in ((None if imagined is None else imagined.z, "imagined", "solid", series(1, dark)), (None if imagined is None else imagined.true_z, "simulated", "dot", ink["text"])):
         p = np.zeros((0, 2)) if z is None else plane(z)
         fig.add_scatter(x=p[:, 0], y=p[:, 1], mode="lines+markers", name=name, line=dict(color=shade, width=2, dash=dash), marker=dict(size=5), customdata=np.arange(len(p)), hovertemplate=name + ", step %{customdata}<extra></extra>")
-    words = [("latent path, early to late:", None), ("●", dim), ("●", c)] + ([("imagined", series(1, dark)), ("simulated", ink["text"])] if imagined is not None else [])
+    words = [("latent path:", None), ("●", dim), ("●", c)] + ([("imagined", series(1, dark)), ("simulated", ink["text"])] if imagined is not None else [])
     themed(fig, height=235, dark=dark, showlegend=False).update_layout(margin=dict(l=50, r=10, t=24, b=40))
     fig.add_annotation(text=_said(words), x=0, xref="paper", y=1, yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font_size=12)
     fig.update_xaxes(title=dict(text=f"component 1 ({plane.shares[0]:.0%} of variance)", font_size=11), range=list(plane.limits[0]), nticks=6)

@@ -256,8 +256,12 @@ class View(traitlets.HasTraits):
 
     def say(self, text="", kind="info"):
         "A line on the page, in place of the one before."
-        self.message = text
+        self.message, self.kind = text, kind
         self.note.value = f'<span style="color: {_message[kind]}">{escape(text)}</span>'
+
+    def calm(self):
+        "Take a complaint back: something was done right since."
+        if getattr(self, "kind", "") == "bad": self.say()
 
     @guarded
     def _repaint(self): self.draw()

@@ -36,7 +36,7 @@ class Lab:
         settings.mkdir()
         (settings/"overrides.json").write_text(json.dumps({"@jupyterlab/apputils-extension:notification": dict(fetchNews="false", checkForUpdates=False),
             "@jupyterlab/notebook-extension:tracker": dict(windowingMode="none")}))  # Every output is on the page, in sight or not
-        env = os.environ | dict(TDMPC_PRESET="tiny", PYTHONPATH=str(ROOT), JUPYTER_CONFIG_DIR=str(folder/"config"), JUPYTER_DATA_DIR=str(folder/"data"), JUPYTER_RUNTIME_DIR=str(folder/"runtime"),
+        env = os.environ | dict(TDMPC_PRESET=os.environ.get("TDMPC_LAB_PRESET", "tiny"), PYTHONPATH=str(ROOT), JUPYTER_CONFIG_DIR=str(folder/"config"), JUPYTER_DATA_DIR=str(folder/"data"), JUPYTER_RUNTIME_DIR=str(folder/"runtime"),
             JUPYTER_PREFER_ENV_PATH="1", OMP_NUM_THREADS="1")
         self.log = (folder/"jupyter.log").open("w")
         self.server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}", f"--IdentityProvider.token={self.token}",
