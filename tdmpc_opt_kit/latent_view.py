@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'COLOURINGS', 'LOWEST', 'VIEW_PRESETS', 'TABS', 'looks', 'Points', 'map_figure', 'similarity_figure',
-           'cka_figure', 'probe_figure', 'error_figure', 'Camera', 'known_tasks', 'Fit', 'LatentView']
+           'cka_figure', 'probe_figure', 'error_figure', 'Camera', 'Fit', 'LatentView']
 
 # %% ../nbs/55_latent_view.ipynb #6e32cdb3
 import threading
@@ -29,7 +29,7 @@ from .envs import make_env, render_backend
 from .evaluate import data_dir
 from .quantize import SCHEMES
 from .tasks import MT30, task_set
-from .widgets import INK, AgentBox, View, agent_models, controls, guarded, in_worker, jpeg, redraw, series, show, themed
+from .widgets import INK, AgentBox, View, agent_models, controls, guarded, in_worker, jpeg, known_tasks, redraw, series, show, themed
 
 # %% ../nbs/55_latent_view.ipynb #a063f0dc
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "pentagon")
@@ -250,20 +250,6 @@ class Camera:
         for a in e.action[at + 1:decision + 1, :env.task.action_dim]: env.step(a)
         _sets[e.task][1:] = e, decision
         return env.render(*self.size)
-
-# %% ../nbs/55_latent_view.ipynb #67320423
-def known_tasks(
-    name:str, # An agent's, as `agent_models` takes it
-) -> tuple:   # Names, in the order of MT30
-    "The tasks that an agent was trained on, all that it takes where nothing says so."
-    path, _, scheme = name.strip().rpartition(" ")
-    if scheme not in SCHEMES: path = name.strip()
-    models = agent_models(path)
-    path = data_dir()/"students"/"student.safetensors" if path == "student" else path
-    said = None
-    try: said = read_card(path)["metrics"].get("trained_tasks")
-    except (ConfigError, OSError, KeyError): pass  # A folder of specialists has no card of its own
-    return tuple(t.name for t in models.tasks if not said or t.name in said)
 
 # %% ../nbs/55_latent_view.ipynb #61a3d971
 class Fit(anywidget.AnyWidget):

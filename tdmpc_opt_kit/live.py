@@ -77,14 +77,18 @@ class LiveCurves(View):
             if not due: return
             row = row()
         self.rows.append((bool(keep), row))
-        if len(self.rows) > self.most: self.rows = [r for i, r in enumerate(self.rows) if r[0] or i % 2]
+        if len(self.rows) > self.most: self._thin()
         if due: self._repaint()
+
+    def _thin(self): self.rows = [r for i, r in enumerate(self.rows) if r[0] or i % 2]
 
     def load(self,
         rows, # Lines of metrics.jsonl
     ):
         "What was logged before, when a run goes on."
-        if self.on and rows: self.rows = [("score" in r or "mean_return" in r, r) for r in rows][-self.most:]
+        if not self.on: return
+        self.rows = [("score" in r or "mean_return" in r, r) for r in rows]
+        while sum(not k for k, _ in self.rows) > self.most: self._thin()
 
     def draw(self):
         began = time.monotonic()

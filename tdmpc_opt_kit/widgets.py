@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'SERIES', 'Theme', 'hue', 'series', 'themed', 'Code', 'Figure', 'show', 'redraw', 'jpeg', 'Stopped',
            'in_worker', 'Job', 'start', 'explain', 'guarded', 'View', 'controls', 'agent_names', 'agent_models',
-           'AgentBox']
+           'known_tasks', 'Menu', 'AgentBox']
 
 # %% ../nbs/52_widgets.ipynb #71a39761
 import contextvars, io, threading, time
@@ -23,6 +23,7 @@ import traitlets
 from traitlets import Bool, Float, List, Unicode
 
 from .agent import TaskModels
+from .checkpoint import read_card
 from .config import ConfigError, nearest
 from .evaluate import data_dir, load_models
 from .plots import COLOURS, OTHERS, style
@@ -251,7 +252,7 @@ class View(traitlets.HasTraits):
         super().__init__(**traits)
         self.theme, self.code, self.note = Theme(dark=self.dark), Code(), W.HTML(layout=W.Layout(min_height="28px"))
         traitlets.link((self.theme, "dark"), (self, "dark"))
-        self.job = Job(self.say)
+        self.job, self.lock = Job(self.say), threading.RLock()  # The lock is for what both the worker and the page change
         self.observe(lambda _: self._repaint(), "dark")
 
     def say(self, text="", kind="info"):
@@ -312,7 +313,33 @@ def agent_models(
         _loaded[key] = models
     return _loaded[key]
 
+def known_tasks(
+    name:str, # An agent's, as `agent_models` takes it
+) -> tuple:   # Names, in the order of MT30
+    "The tasks that an agent was trained on, all that it takes where nothing says so."
+    path, _, scheme = name.strip().rpartition(" ")
+    if scheme not in SCHEMES: path = name.strip()
+    models = agent_models(path)
+    said, path = None, data_dir()/"students"/"student.safetensors" if path == "student" else path
+    try: said = read_card(path)["metrics"].get("trained_tasks")
+    except (ConfigError, OSError, KeyError): pass  # A folder of specialists has no card of its own
+    return tuple(t.name for t in models.tasks if not said or t.name in said)
+
 # %% ../nbs/52_widgets.ipynb #7c8cf1de
+class Menu(W.Dropdown):
+    "A menu whose list may grow without anybody hearing of another choice."
+    _growing = False
+    def notify_change(self, change):
+        if not (self._growing and change["name"] in ("value", "label")): super().notify_change(change)
+
+    def grow(self,
+        options, # The new list, with the present choice in it
+    ):
+        "Have another list, and the same choice."
+        now, self._growing = self.value, True
+        try: self.options, self.index = options, list(options).index(now)
+        finally: self._growing = False
+
 class AgentBox(traitlets.HasTraits):
     "Names of agents, and a field to add files to them."
     names = List(Unicode())
@@ -328,15 +355,25 @@ class AgentBox(traitlets.HasTraits):
         self.widget = W.HBox([self.text, self.button])
 
     def menu(self,
-        value,            # The first choice
+        value,            # The first choice; what `agent_models` takes comes into all menus
         description="agent",
         none=False,       # May it be nobody?
         **kwargs,         # For `Dropdown`
     ) -> W.Dropdown:
         "A menu of them."
-        m = W.Dropdown(options=["none"] * none + self.names, value=value if value in self.names else ("none" if none else self.names[0]), description=description, **kwargs)
+        if not (none and value == "none"): self.have(value)
+        m = Menu(options=["none"] * none + self.names, value=value, description=description, **kwargs)
         self.menus.append((m, none))
         return m
+
+    def have(self,
+        name, # What `agent_models` takes
+    ):
+        "Have a name in every menu; raises `ConfigError` if there is no such agent."
+        if name in self.names: return
+        agent_models(name)
+        self.names = [*self.names, name]
+        for m, none in self.menus: m.grow(["none"] * none + self.names)
 
     @guarded
     def add(self,
@@ -347,10 +384,6 @@ class AgentBox(traitlets.HasTraits):
         if not name: raise ConfigError("Type a checkpoint's path into the field first.")
         if name not in self.names:
             models = agent_models(name)
-            self.names = [*self.names, name]
-            for m, none in self.menus:
-                now = m.value
-                m.options = ["none"] * none + self.names
-                m.value = now
+            self.have(name)
             self.say(f"{name} is in the menus now; it knows {len(models.tasks)} task{'s' if len(models.tasks) > 1 else ''}.", "good")
         else: self.say(f"{name} is in the menus already.")
