@@ -389,6 +389,7 @@ class QuantizeConfig:
     tasks:object=None           # What `task_set` takes; None is every task that the model knows, or that its card says it was trained on
     data_dir:str=None           # A store of states of these tasks; None: the agent's policy collects one
     collect_episodes:int=2      # Episodes a task and noise strength (0 and 0.3), where it does
+    collect_planning:int=0      # Episodes a task by its planner besides, without and with exploration noise: four bits that shall plan have to be tuned where plans go
     teacher:str=None            # Who teaches while tuning, see `load_teachers`; None: the agent itself, before it was quantized
     tune_steps:int=500          # Updates of quantization-aware distillation
     batch_size:int=128          # Slices of them
@@ -406,7 +407,7 @@ class QuantizeConfig:
     out_dir:str=None            # Run folder; None is a new one under runs/, or with resume the newest there
 
     def __post_init__(self):
-        check_whole(self, collect_episodes=1, tune_steps=1, batch_size=2, mixed_bytes=1, episodes=1, plan_episodes=1, max_steps=1, seed=0)
+        check_whole(self, collect_episodes=1, collect_planning=0, tune_steps=1, batch_size=2, mixed_bytes=1, episodes=1, plan_episodes=1, max_steps=1, seed=0)
         check_number(self, "lr", above=True)
         for k in ("schemes", "plan_schemes"):
             for s in self.names(k): _scheme(s, k)
