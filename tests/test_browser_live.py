@@ -33,7 +33,7 @@ def test_curves_grow_while_it_trains(lab, tmp_path, name, given, which):
         view.scroll_into_view_if_needed()
         page.shot("training")
         page.wait_idle()
-        colour = figure.locator(".xtitle").first.evaluate("e => getComputedStyle(e).fill")
+        colour = figure.locator(".gtitle").first.evaluate("e => getComputedStyle(e).fill")
         assert colour == "rgb(229, 231, 235)", colour  # The theme's message came through
         assert page.page.locator(".jp-OutputArea-output img").count(), "no static figure"
         view.scroll_into_view_if_needed()
