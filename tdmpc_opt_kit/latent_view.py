@@ -23,11 +23,8 @@ from plotly.subplots import make_subplots
 from traitlets import Bool, Int, Tuple, Unicode
 
 from .analyze import METHODS, Episode, ModelError, Similarity, cka, episodes_of, latents, model_error, probe, project, quantities, slices, task_similarity, thin, values
-from .checkpoint import read_card
 from .config import ConfigError, default_preset
 from .envs import make_env, render_backend
-from .evaluate import data_dir
-from .quantize import SCHEMES
 from .tasks import MT30, task_set
 from .widgets import INK, AgentBox, View, agent_models, controls, guarded, in_worker, jpeg, known_tasks, redraw, series, show, themed
 
@@ -61,6 +58,7 @@ class Points:
     share:dict = field(default_factory=dict) # Agent -> of the variance, each axis (PCA)
     method:str = "PCA"
     together:bool = False # Do all agents have the same axes?
+    recorded:list = field(default_factory=list) # The episodes that they are of
 
     def __len__(self): return len(self.task)
     @property
@@ -176,7 +174,7 @@ def probe_figure(
     for k, (a, b) in enumerate(zip(agents, agents[1:])):
         d = [results[b][n]["r2"] - results[a][n]["r2"] for n in names]
         fig.add_bar(x=np.clip(d, -1, 1), y=np.arange(len(names)) + 0.2 * (2 * k - len(agents) + 2), orientation="h", width=0.3, marker_color=series(k + 1, dark), name=f"{b} less {a}", customdata=d, text=names, textposition="none",
-            hovertemplate="%{text}: %{customdata:+.3f}<extra>" + f"{b} less {a}</extra>", row=1, col=2)
+            hovertemplate=f"{b} less {a}<br>" + "%{text}: %{customdata:+.3f}<extra></extra>", row=1, col=2)
     themed(fig, f"Linear probes{f' on {task}' if task else ''}: quantities read from episodes not seen, R²", 220 + 26 * len(names), dark)
     fig.update_yaxes(range=[len(names) - 0.4, -0.6], zeroline=False).update_yaxes(tickvals=np.arange(len(names)), ticktext=names, row=1, col=1)
     fig.update_xaxes(title_text="R² (1: without error, 0: no better than the mean)", range=[LOWEST - 0.03, 1.03], zeroline=True, zerolinecolor=ink["axis"], row=1, col=1)
@@ -199,10 +197,10 @@ def error_figure(
     for i, (agent, e) in enumerate(errors.items()):
         c, ratio = series(i, dark), np.array([e.ratio(t) for t in tasks])
         thin_x, thin_y = ([v for line in lines for v in (*line, None)] for lines in ([x] * len(tasks), ratio))
-        fig.add_scatter(x=thin_x, y=thin_y, mode="lines", line=dict(color=c, width=1), opacity=0.35, legendgroup=agent, showlegend=False, text=[t for t in tasks for _ in range(len(x) + 1)], hovertemplate="%{text}, step %{x}: %{y:.2f}<extra>" + agent + "</extra>", row=1, col=1)
-        fig.add_scatter(x=x, y=np.nanmedian(ratio, 0), mode="lines+markers", name=agent, legendgroup=agent, line=dict(color=c, width=3), marker_size=6, hovertemplate="median, step %{x}: %{y:.2f}<extra>" + agent + "</extra>", row=1, col=1)
+        fig.add_scatter(x=thin_x, y=thin_y, mode="lines", line=dict(color=c, width=1), opacity=0.35, legendgroup=agent, showlegend=False, text=[t for t in tasks for _ in range(len(x) + 1)], hovertemplate=agent + "<br>%{text}, step %{x}: %{y:.2f}<extra></extra>", row=1, col=1)
+        fig.add_scatter(x=x, y=np.nanmedian(ratio, 0), mode="lines+markers", name=agent, legendgroup=agent, line=dict(color=c, width=3), marker_size=6, hovertemplate=agent + "<br>median, step %{x}: %{y:.2f}<extra></extra>", row=1, col=1)
         fig.add_scatter(x=ratio[:, step - 1], y=np.arange(len(tasks)) + 0.16 * (i - (len(errors) - 1) / 2), mode="markers", marker=dict(color=c, size=10), legendgroup=agent, showlegend=False, customdata=[100 * e.worse(t)[step - 1] for t in tasks],
-            text=tasks, hovertemplate="%{text}: %{x:.2f}; nothing changed is nearer<br>on %{customdata:.0f} % of the starts<extra>" + agent + "</extra>", row=1, col=2)
+            text=tasks, hovertemplate=agent + "<br>%{text}: %{x:.2f}; nothing changed is nearer<br>on %{customdata:.0f} % of the starts<extra></extra>", row=1, col=2)
     themed(fig, "Latent prediction error over that of “nothing changed”", max(380, 170 + 24 * len(tasks)), dark)
     line, marks = dict(color=ink["text"], width=1.5, dash="dash"), [m * 10.**k for k in range(-4, 4) for m in (1, 2, 5)]
     ticks = dict(tickvals=marks, ticktext=[f"{m:g}" for m in marks])
@@ -274,14 +272,6 @@ VIEW_PRESETS = dict(
 TABS = ("Map", "Tasks", "CKA", "Probes", "Model error")
 _menus = ("map_a", "map_b", "map_c", "tree", "cka_a", "cka_b", "probe_a", "probe_b", "probe_c", "error_a", "error_b", "error_c")
 
-class _Box(AgentBox):
-    "Its menus lose their choice for a moment while one is added, which is nobody's wish."
-    adding = False
-    def add(self, name):
-        self.adding = True
-        try: super().add(name)
-        finally: self.adding = False
-
 class LatentView(View):
     "Latents of episodes in five tabs."
     tasks, actor, episodes, tab = Tuple(("walker-walk", "cup-catch", "cartpole-swingup")), Unicode("student"), Int(4), Int(0)
@@ -297,7 +287,7 @@ class LatentView(View):
         self.cfg = VIEW_PRESETS.get(preset or default_preset(), VIEW_PRESETS["quick"])
         super().__init__(**dict(episodes=self.cfg["episodes"]) | traits)
         self.camera, self.points, self.recorded, self.data, self._have, self._kept = Camera(), None, [], {}, {}, {}
-        self._wanted, self._lock, self._filming, self._pressing, self._drawing, self._pictured = None, threading.Lock(), None, False, threading.RLock(), None
+        self._wanted, self._lock, self._filming, self._pressing, self._pictured = None, threading.Lock(), None, False, None
         self._build()
         self.observe(self._changed, [*_menus, "tasks", "actor", "episodes", "method", "neighbours", "together", "linkage", "probe_task", "tab"])
         self.observe(self._redraw, ["colour", "order", "step"])
@@ -318,7 +308,6 @@ def _agents(self:LatentView, *traits, first="agent"):
     out = []
     for i, t in enumerate(traits):
         m = self.box.menu(getattr(self, t), first if len(traits) == 1 else f"agent {i + 1}", none=t[-2:] in ("_b", "_c") and not t.startswith("cka"), layout=W.Layout(width="190px"), style=dict(description_width="initial"))
-        setattr(self, t, m.value)
         traitlets.link((self, t), (m, "value"))
         out.append(m)
     return out
@@ -326,7 +315,7 @@ def _agents(self:LatentView, *traits, first="agent"):
 @patch
 def _build(self:LatentView):
     "All widgets."
-    self.box = _Box(self.say)
+    self.box = AgentBox(self.say)
     self.box.observe(lambda _: self._chips(), "names")
     number = lambda trait, lo, hi, text, **kw: (w := W.IntSlider(getattr(self, trait), lo, hi, description=text, continuous_update=False, layout=W.Layout(width="270px"), style=dict(description_width="initial"), **kw), traitlets.link((self, trait), (w, "value")))[0]
     self.chips = W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="2px 4px", align_items="center", width="100%"))
@@ -409,6 +398,9 @@ def _plan(self:LatentView) -> tuple:
     self.check(agents, c.tasks)
     key = c.actor, c.episodes, *c.tasks, *agents
     if self.tab == 2 and len(agents) < 2: raise ConfigError("agent 2: choose another agent than the first; every agent is like itself.")
+    if self.tab == 4:
+        for a in agents:
+            if not all(agent_models(a).model_for(t).imagines for t in c.tasks): raise ConfigError(f"agent: {a} is a policy alone and imagines nothing that could err; choose the whole model, or another agent.")
     if self.tab: return key, lambda tell: {2: self._ckas, 3: self._probes, 4: self._errors}[tab](tell, c, agents)
     if c.together:
         width = {a: {agent_models(a).model_for(t).cfg.latent_dim for t in c.tasks} for a in agents}
@@ -469,9 +461,8 @@ def _map(self:LatentView, tell, c, agents):
         xy[a], share[a] = p.xy[i * len(Z):(i + 1) * len(Z)] if one else p.xy, p.share
         cached.append(p.cached)
         seconds += 0 if one and i else p.seconds
-    self.recorded = eps
     text = f"{len(eps)} episodes of {len(c.tasks)} task{'s' * (len(c.tasks) > 1)}, played by {c.actor}. {c.method} " + ("from the cache." if all(cached) else f"took {seconds:.1f} s.")
-    return Points(np.concatenate([np.full(len(r), e.task) for e, r in zip(eps, rows)]), np.concatenate([np.full(len(r), i) for i, r in enumerate(rows)]), np.concatenate(rows), spread([e.reward for e in eps]), xy, worth, share, c.method, c.together), text
+    return Points(np.concatenate([np.full(len(r), e.task) for e, r in zip(eps, rows)]), np.concatenate([np.full(len(r), i) for i, r in enumerate(rows)]), np.concatenate(rows), spread([e.reward for e in eps]), xy, worth, share, c.method, c.together, eps), text
 
 @patch
 def _ckas(self:LatentView, tell, c, agents):
@@ -514,21 +505,22 @@ def _errors(self:LatentView, tell, c, agents):
 def update(self:LatentView, wait=False):
     "Compute what the open tab shows, unless it is there."
     self.near.disabled = self.method == "PCA"
-    if self.job.running:
+    tab, (key, work) = self.tab, self._plan()
+    if self.job.running:  # Only now: a wrong choice ends nothing
         self.job.stop()
         self.job.wait()
-    tab, (key, work) = self.tab, self._plan()
     if self._have.get(tab) == key: return self.say(self.data[tab][1])
     def then(out):
-        self.data[tab], self._have[tab] = out, key
-        if tab == 0: self.point = -1
-        self.say(out[1])
-        self.draw_tab(tab)
+        with self.lock:
+            self.data[tab], self._have[tab] = out, key
+            if tab == 0: self.point = -1
+            if getattr(self, "kind", "") != "bad": self.say(out[1])  # What was wrong meanwhile is still to be read
+            self.draw_tab(tab)
+    self.calm()
     self.job.start(work, then, wait)
 
 @patch
 def _changed(self:LatentView, change):
-    if self.box.adding: return
     if change["name"] == "tab":
         self._repaint()
         self.fit.tick += 1
@@ -545,11 +537,11 @@ def draw(self:LatentView):
 @patch
 def draw_tab(self:LatentView, tab):
     "One of them; `shown` has the figure, the page as soon as it can take it."
-    with self._drawing:
+    with self.lock:
         if tab not in self.data: return
         data, _ = self.data[tab]
         if tab == 0:
-            self.points = data
+            self.points, self.recorded = data, data.recorded
             self.place.layout.flex = f"1 1 {440 if len(data.agents) == 1 or data.together else 700}px"
             fig = map_figure(data, self.colour, self.point, self.dark)
         else: fig = similarity_figure(*data, self.dark) if tab == 1 else cka_figure(*data, self.order, self.dark) if tab == 2 else probe_figure(*data, self.dark) if tab == 3 else error_figure(data, self.step, self.dark)
@@ -571,7 +563,7 @@ def _place(self:LatentView, tab, fig):
 @guarded
 def _came(self:LatentView, tab):
     "The page has drawn the figure and told what it filled in: now it listens."
-    with self._drawing:
+    with self.lock:
         if self.drawn[tab]: return
         self.drawn[tab] = True
         self.draw_tab(tab)
@@ -593,17 +585,17 @@ def _under(self:LatentView, trace, points):
 @guarded
 def _pointed(self:LatentView, change):
     "Move the ring, tell about the state, fetch its frame."
-    p, at, fig = self.points, self.point, self.figures[0]
-    if p is None or at >= len(p): return
-    panels = [p.agents] if p.together else [[a] for a in p.agents]
-    if fig is None: return
-    with self._drawing, fig.batch_update():
-        for t, names in zip(fig.data[-len(panels):] if self.drawn[0] else (), panels):
-            t.x, t.y = ([], []) if at < 0 else (p.xy[names[0]][[at], 0], p.xy[names[0]][[at], 1]) if len(names) == 1 else ([p.xy[a][at, 0] for a in names], [p.xy[a][at, 1] for a in names])
+    with self.lock:
+        p, at, fig = self.points, self.point, self.figures[0]
+        if p is None or fig is None or at >= len(p): return
+        panels = [p.agents] if p.together else [[a] for a in p.agents]
+        with fig.batch_update():
+            for t, names in zip(fig.data[-len(panels):] if self.drawn[0] else (), panels):
+                t.x, t.y = ([], []) if at < 0 else (p.xy[names[0]][[at], 0], p.xy[names[0]][[at], 1]) if len(names) == 1 else ([p.xy[a][at, 0] for a in names], [p.xy[a][at, 1] for a in names])
     if at < 0:
         self.caption.value, self.image.layout.display = "Point at a state to see it.", "none"
         return
-    e = self.recorded[p.episode[at]]
+    e = p.recorded[p.episode[at]]
     rows = [("task", p.task[at]), ("decision", f"{p.decision[at]} of {len(e)}"), ("reward", f"{p.reward[at]:.2f} (0 to 2)"), *((f"value, {a}", f"{v[at]:.1f}") for a, v in p.value.items() if v is not None),
             ("episode", f"return {np.nansum(e.reward):.0f}, noise {e.noise:g}")]
     self.caption.value = '<table style="line-height: 1.35; font-size: 12px">' + "".join(f'<tr><td style="opacity: 0.7; padding: 1px 12px 1px 0">{escape(k)}</td><td style="padding: 1px 0">{escape(str(v))}</td></tr>' for k, v in rows) + "</table>"

@@ -9,9 +9,9 @@ from tdmpc_opt_kit.analyze import ModelError
 from tdmpc_opt_kit.checkpoint import save_world_model
 from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.evaluate import data_dir
-from tdmpc_opt_kit.latent_view import TABS, LatentView, Points, cka_figure, error_figure, known_tasks, looks, map_figure, probe_figure
+from tdmpc_opt_kit.latent_view import TABS, LatentView, Points, cka_figure, error_figure, looks, map_figure, probe_figure
 from tdmpc_opt_kit.tasks import MT30
-from tdmpc_opt_kit.widgets import agent_models
+from tdmpc_opt_kit.widgets import agent_models, known_tasks
 from tdmpc_opt_kit.world_model import SIZES, WorldModel, policy_only
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,49 @@ def test_an_agent_of_ones_own(view, tmp_path):
     assert "policy alone" in view.message
     view.tab, view.error_b = 4, alone
     view.job.wait()
-    assert "policy alone" in view.message
+    assert f"agent: {alone} is a policy alone" in view.message and "choose the whole model" in view.message
     view.error_b = "teachers"
+
+def test_agents_by_path_from_the_start():
+    cup = str(data_dir()/"teachers"/"cup-catch.safetensors")
+    v = LatentView("tiny", wait=True, actor=cup, map_b=cup, tasks=("cup-catch",), episodes=1)
+    assert (v.actor, v.map_b) == (cup, cup) and v.points.agents == ["student", cup], v.message
+    with pytest.raises(ConfigError, match="There is no agent 'studnet'"): LatentView("tiny", map_a="studnet")
+
+def test_a_wrong_choice_ends_no_computation(view):
+    begun, go_on, play = threading.Event(), threading.Event(), view._play
+    def slow(tell, c):
+        begun.set()
+        while not go_on.wait(0.02): tell(0, 1)  # Raises where the job was stopped
+        return play(tell, c)
+    view._play = slow
+    try:
+        view.episodes = 3
+        assert begun.wait(20)
+        view.map_b = "teachers"
+        view.together = True
+        assert "one map for all" in view.message and view.job.running
+    finally:
+        go_on.set()
+        del view._play
+    view.job.wait()
+    assert len(view.recorded) == 9 and view.points.agents == ["student", "teachers"], "what went on is there"
+    assert "one map for all" in view.message, "and the complaint is still to be read"
+    view.together = False
+    view.job.wait()
+    assert "9 episodes" in view.message and view.points.agents == ["student", "teachers"]
+
+def test_points_and_their_episodes_come_together(view):
+    seen, draw = [], view.draw_tab
+    def look(tab):
+        seen.append(all(view.recorded[e].task == t for e, t in zip(view.points.episode, view.points.task)))
+        draw(tab)
+    view.draw_tab = look
+    try:
+        view.tasks = ("pendulum-spin",)
+        view.job.wait()
+    finally: del view.draw_tab
+    assert seen and all(seen) and view.points.tasks == ["pendulum-spin"]
 
 def test_known_tasks_come_from_the_card(tmp_path):
     assert len(known_tasks("student")) == len(known_tasks("student int8")) == 14
@@ -217,3 +258,13 @@ def test_error_figure_is_the_ratio():
 def test_cka_figure_of_one_episode_has_no_interval():
     f = cka_figure({"cup-catch": dict(value=0.5, low=None, high=None, floor=None, observation=0.4)}, ("a", "b"))
     assert f.data[0].error_x.array is None and len(f.data) == 2
+
+def test_no_hover_label_has_a_second_box():
+    "Its ground is white on a clear page, whatever the theme."
+    n, rng = 4, np.random.default_rng(0)
+    p = Points(np.repeat(["cup-catch"], n), np.zeros(n, int), np.arange(n), np.zeros(n), dict(a=rng.random((n, 2)), b=rng.random((n, 2))), dict(a=np.zeros(n), b=None))
+    e, r = ModelError({"cup-catch": np.ones((2, 2))}, {"cup-catch": np.ones((2, 2))}), dict(x=dict(r2=0.5, folds=[0.4, 0.6]))
+    figures = [map_figure(p, dark=True), error_figure(dict(a=e, b=e), dark=True), probe_figure(dict(observation=r, a=r, b=r), dark=True), cka_figure({"cup-catch": dict(value=0.5, low=0.4, high=0.6, floor=0.1, observation=0.4)}, ("a", "b"), dark=True)]
+    for f in figures:
+        for t in f.data: assert t.hoverinfo == "skip" or t.hovertemplate.endswith("<extra></extra>"), t.name
+        assert f.layout.hoverlabel.bgcolor == "#1f2937" and f.layout.hoverlabel.font.color == "#e5e7eb"
