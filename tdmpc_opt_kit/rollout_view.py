@@ -8,6 +8,7 @@ __all__ = ['SIZE', 'FRAMES', 'limits', 'timeline', 'origin', 'Plane', 'planes', 
 
 # %% ../nbs/53_rollout_view.ipynb #5a8b6163
 import time, warnings
+from functools import wraps
 from html import escape
 
 import anywidget
@@ -26,7 +27,7 @@ from .plots import colours
 from .quantize import SCHEMES
 from .rollout import Player, Stage, imagine as imagine_from
 from .tasks import EPISODE_LENGTH, MT30
-from .widgets import INK, AgentBox, Stopped, View, agent_models, controls, guarded, hue, jpeg, redraw, series, show, themed
+from .widgets import INK, AgentBox, Menu, Stopped, View, agent_models, controls, guarded, hue, jpeg, known_tasks, redraw, series, show, themed
 
 # %% ../nbs/53_rollout_view.ipynb #8fa3e1dc
 def limits(
@@ -60,18 +61,18 @@ def timeline(
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=0.075)
     def line(row, y, name, colour, **kw):
         fig.add_scatter(x=np.arange(len(y)), y=np.asarray(y, np.float32), name=name, mode="lines", row=row, col=1, line=dict(color=colour, width=1.6) | kw, hovertemplate="%{y:.3f}<extra>" + name + "</extra>")
-    for row, came, said in ((1, trace.reward, trace.predicted), (2, trace.to_go, trace.value)):
-        line(row, came, "observed", ink["faint"], width=3)
+    for row, came, what, said in ((1, trace.reward, "observed", trace.predicted), (2, trace.to_go, "observed + last value", trace.value)):
+        line(row, came, what, ink["faint"], width=3)
         line(row, said, "predicted", c)
     for row, x in ((3, trace.std[:, 0]), (4, trace.action)):
         for a in range(A): line(row, x[:, a], f"action {a + 1}", series(a, dark))
     acts = [(f"{a + 1}", series(a, dark)) for a in range(A)]
-    heads = ([("reward:", None), ("observed", ink["faint"]), ("predicted", c)], [("return to go:", None), ("observed", ink["faint"]), ("value", c)],
+    heads = ([("reward:", None), ("observed", ink["faint"]), ("predicted", c)], [("to go:", None), ("observed + last value", ink["faint"]), ("value", c)],
              [(f"{'planner' if trace.mode == 'plan' else 'policy'}'s std:", None), *acts], [("action:", None), *acts])
     themed(fig, height=430, dark=dark, showlegend=False).update_layout(margin=dict(l=50, r=10, t=24, b=40), hovermode="x", hoverdistance=-1)
     for row, (words, (name, title)) in enumerate(zip(heads, dict(reward="reward", value="disc. return", std="std" if trace.mode == "plan" else "before tanh", action="action").items()), 1):
         low, high = fig.layout[f"yaxis{row if row > 1 else ''}"].domain
-        fig.add_annotation(text=_said(words), x=0, xref="paper", y=high, yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font_size=12)
+        fig.add_annotation(text=_said(words), x=0, xref="paper", y=high, yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font_size=11)
         fig.update_yaxes(title=dict(text=title, font_size=11, standoff=4), range=list(limits[name]) if name in limits else None, nticks=4, row=row, col=1)
     fig.update_xaxes(range=[-0.5, max(T, 1) + 0.5], title_font_size=11)
     fig.update_xaxes(title_text=f"decision ({trace.seconds:g} s each)", row=4, col=1)
@@ -261,7 +262,7 @@ def put(self:Column, which, fig, *above):
 def draw(self:Column, at, step, limits, dark):
     "Everything anew."
     tell = lambda f: lambda _, points, __: f(int(round(points.xs[0]))) if points.xs else None
-    self.head.value = f'<div style="{_ONE_LINE}" title="{escape(self.name)}"><b style="color: {hue(self.colour, dark)}">{escape(self.name)}</b>: return {self.trace.total:.1f} in {len(self.trace)} decisions</div>'
+    self.head.value = f'<div style="{_ONE_LINE}" title="{escape(self.name)}"><b style="color: {hue(self.colour, dark)}">{escape(self.name)}</b>: return {self.trace.total:.1f}</div>'
     self.put("line", timeline(self.trace, self.colour, at, limits, dark, self.dreamt))
     self.put("path", path(self.trace, self.plane, self.colour, at, self.dreamt, dark))
     for t in self.line.data: t.on_click(tell(self.jump))
@@ -299,6 +300,19 @@ def _can_draw() -> bool:
         warnings.simplefilter("ignore")
         return render_backend() is not None
 
+def _locked(f):
+    "A method that has the figures to itself: the worker and the page both change them."
+    @wraps(f)
+    def g(self, *args, **kwargs):
+        with self.lock: return f(self, *args, **kwargs)
+    return g
+
+def _takes(
+    name, # An agent's
+) -> list:
+    "The tasks that it takes, trained on them or not."
+    return [t.name for t in agent_models(name).tasks]
+
 class RolloutView(View):
     "Up to three agents on one task, and one time cursor."
     first, second, third = Unicode("student"), Unicode("teachers"), Unicode("none")
@@ -308,8 +322,9 @@ class RolloutView(View):
         super().__init__(**traits)
         self.names, self.traces, self.dreamt_at, self.stage, self.limits = [], [], None, None, {}
         self.columns = []  # One for each agent, made when it is needed
+        self.asked = self.task  # One that was set in code, though no agent learned it
         self._controls()
-        for names, handler in ((("first", "second", "third"), self._know), (("at",), self._move), (("ghost",), self._ghost), (("mode",), self._mode)): self.observe(handler, list(names))
+        for names, handler in ((("first", "second", "third"), self._know), (("at",), self._move), (("ghost",), self._ghost), (("mode",), self._mode), (("task",), self._task)): self.observe(handler, list(names))
         self.job.observe(lambda c: [setattr(b, "disabled", c.new) for b in (self.play_button, self.imagine_button)], "running")
         self._know(); self._mode()
 
@@ -324,10 +339,8 @@ def _controls(self:RolloutView):
     "The controls, linked to the traits."
     short = lambda width, **kw: dict(style=dict(description_width="initial"), layout=W.Layout(width=f"{width}px")) | kw
     self.box = AgentBox(self.say)
-    for n in self.chosen:
-        if n not in self.box.names: self.box.names = [*self.box.names, n]
     menus = [self.box.menu(getattr(self, k), f"agent {i}", none=True, **short(210)) for i, k in enumerate(("first", "second", "third"), 1)]
-    self.task_menu = W.Dropdown(options=[t.name for t in MT30], value=self.task, description="task", **short(230))
+    self.task_menu = Menu(options=[t.name for t in MT30], value=self.task, description="task", **short(230))
     self.seed_box = W.BoundedIntText(self.seed, 0, 2**31 - 1, description="seed", **short(120))
     self.mode_menu = W.Dropdown(options=[("planning", "plan"), ("policy", "policy")], value=self.mode, description="acts by", **short(160))
     self.planner_menu = W.Dropdown(options=list(PLAN_PRESETS), value=self.planner, description="planner", **short(180))
@@ -339,7 +352,7 @@ def _controls(self:RolloutView):
     self.ahead_slider = W.IntSlider(self.ahead, 1, 50, description="steps ahead", **short(270))
     self.ghost_slider = W.IntSlider(0, 0, self.ahead, description="ghost", **short(270), disabled=True)
     for k, w in zip(("first", "second", "third", "task", "seed", "mode", "planner", "steps", "at", "ahead", "ghost"), (*menus, self.task_menu, self.seed_box, self.mode_menu, self.planner_menu, self.steps_slider, self.time, self.ahead_slider, self.ghost_slider)):
-        traitlets.link((self, k), (w, "value"))
+        self._tie(k, w)
     W.jslink((self.movie, "value"), (self.time, "value"))
     self.play_button.on_click(lambda _: self.run()); self.imagine_button.on_click(lambda _: self.imagine())
     self.pictures, self.stand = W.HTML(), W.Box([W.HTML("Nothing was played yet: choose, and press Run.")], layout=W.Layout(display="flex", width="100%", grid_gap="0 14px", align_items="flex-start"))
@@ -348,16 +361,55 @@ def _controls(self:RolloutView):
     self.widget.children = (*rows, status, controls(self.movie, self.time, self.clock), controls(self.imagine_button, self.ahead_slider, self.ghost_slider), self.pictures, self.stand, Fit(), theme)
 
 @patch
+def _tie(self:RolloutView, name, control):
+    "As `traitlets.link`, and calm when worker and page change a trait at once: each side takes what the other has by then."
+    def out(_):
+        with self.lock:
+            if name != "task" or self.task in control.options: control.value = getattr(self, name)
+    def back(_):
+        with self.lock: setattr(self, name, control.value)
+    out(None); self.observe(out, name); control.observe(back, "value")
+
+@patch
+def _common(self:RolloutView, of) -> list:
+    "The tasks of all chosen agents."
+    known = [set(of(n)) for n in self.chosen]
+    return [t.name for t in MT30 if all(t.name in k for k in known)]
+
+def _untrained(
+    names, # Of agents that were not trained on it
+    task,
+) -> str:
+    "What is said of them."
+    return f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} not trained on {task}." if names else ""
+
+@patch
 @guarded
 def _know(self:RolloutView, *_):
-    "Offer the tasks that all chosen agents know."
+    "Offer the tasks that all chosen agents were trained on, and one that was set in code as long as they take it."
     if not self.chosen: return
-    known = [{t.name for t in agent_models(n).tasks} for n in self.chosen]
-    names, keep = [t.name for t in MT30 if all(t.name in k for k in known)], self.task
+    learned, keep = self._common(known_tasks), self.task
+    names = [t for t in self._common(_takes) if t in learned or t == keep == self.asked]
     if not names: raise ConfigError(f"agents: there is no task that {' and '.join(self.chosen)} all know; choose others, or none.")
-    if tuple(names) != tuple(self.task_menu.options): self.task_menu.options = names
-    self.task_menu.value = keep if keep in names else names[0]
-    if keep not in names: self.say(f"task: {keep} is not known to {' and '.join(self.chosen)}, so it is {names[0]} now.")
+    if keep not in names:
+        self.task_menu.options = names  # Which chooses the first
+        self.say(f"task: {keep} is not known to {' and '.join(self.chosen)}, so it is {names[0]} now.")
+    elif tuple(names) != tuple(self.task_menu.options): self.task_menu.grow(names)
+    if self.task in learned: self.asked = None
+    else: self.say("task: " + _untrained([n for n in self.chosen if self.task not in known_tasks(n)], self.task))
+
+@patch
+@guarded
+def _task(self:RolloutView, *_):
+    "Have a task that was set in code in the menu, if the agents take it at all."
+    menu, task = self.task_menu, self.task
+    if task in menu.options: return
+    if task not in self._common(_takes):
+        self.task = menu.value
+        raise ConfigError(f"task: {task} is not known to {' and '.join(self.chosen) or 'anybody'}; choose one of {', '.join(menu.options)}.")
+    menu.grow([*menu.options, task])
+    menu.value = self.asked = task
+    self._know()
 
 @patch
 @guarded
@@ -372,8 +424,7 @@ def run(self:RolloutView,
     "Let the chosen agents play."
     if not self.chosen: raise ConfigError("agents: all three are none; choose at least one.")
     for n in self.chosen:
-        known = [t.name for t in agent_models(n).tasks]
-        if self.task not in known: raise ConfigError(f"task: {n} does not know {self.task}; choose one of {', '.join(known)}, or another agent.")
+        if self.task not in _takes(n): raise ConfigError(f"task: {n} does not know {self.task}; choose one of {', '.join(known_tasks(n))}, or another agent.")
     self.say()
     now = dict(names=self.chosen, task=self.task, seed=self.seed, mode=self.mode, cfg=plan_config(self.planner), steps=self.steps)
     self.job.start(lambda tell: self.play(tell, **now), self.take, wait)
@@ -395,9 +446,10 @@ def play(self:RolloutView, tell, names, task, seed, mode, cfg, steps) -> dict:
             tell(min(t + 1, steps), steps, "decision")
     except Stopped: stopped = True
     finally: stage.close()
-    return dict(names=names, traces=[p.trace() for p in players], frames=frames, every=every, stage=stage, stopped=stopped)
+    return dict(names=names, untrained=[n for n in dict.fromkeys(names) if task not in known_tasks(n)], traces=[p.trace() for p in players], frames=frames, every=every, stage=stage, stopped=stopped)
 
 @patch
+@_locked
 def take(self:RolloutView, run):
     "Show what was played."
     played, self.dreamt_at, self.at, self.ghost_slider.disabled = len(run["traces"][0]), None, 0, True
@@ -410,9 +462,11 @@ def take(self:RolloutView, run):
     self.pictures.value = "" if run["frames"][0] else "No pictures here, since nothing draws: the curves are complete without. On Debian or Ubuntu install libegl1 and libgl1-mesa-dri."
     self.draw()
     self.stand.children = [c.widget for c in self.columns[:len(self.names)]]
-    self.say(f"Stopped after {played} decisions; these are shown." if run["stopped"] else f"{played} decisions of {self.traces[0].spec.name}, seed {self.traces[0].seed}: move the time, or click into a curve.", "info" if run["stopped"] else "good")
+    said, odd = f"Stopped after {played} decisions; these are shown." if run["stopped"] else f"{played} decisions of {self.traces[0].spec.name}, seed {self.traces[0].seed}: move the time, or click into a curve.", _untrained(run["untrained"], self.traces[0].spec.name)
+    self.say(f"{said} {odd}".strip(), "info" if run["stopped"] or odd else "good")
 
 @patch
+@_locked
 def draw(self:RolloutView):
     "Everything anew."
     for c in self.columns[:len(self.names)]: c.draw(self.at, self._step, self.limits, self.dark)
@@ -427,6 +481,7 @@ def _clock(self:RolloutView):
 
 @patch
 @guarded
+@_locked
 def _move(self:RolloutView, *_):
     "The cursor has moved."
     for c in self.columns[:len(self.names)]: c.move(self.at, self._step)
@@ -465,6 +520,7 @@ def dreams(self:RolloutView, tell, at, steps) -> list:
     finally: self.stage.close()
 
 @patch
+@_locked
 def wake(self:RolloutView, out):
     "Show what was imagined."
     self.dreamt_at, (at, dreams) = None, out
@@ -477,6 +533,7 @@ def wake(self:RolloutView, out):
 
 @patch
 @guarded
+@_locked
 def _ghost(self:RolloutView, *_):
     "Another step of the ghost."
     if self.dreamt_at is None: return

@@ -1,5 +1,6 @@
 """The rollout view without a browser: traces that repeat exactly, a cursor that only moves, choices that cannot be."""
-import time
+import json, re, threading, time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,13 @@ from fastcore.test import test_close as close
 from fastcore.test import test_eq as eq
 from tdmpc_opt_kit import rollout_view
 from tdmpc_opt_kit.agent import make_agent
+from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.evaluate import data_dir
 from tdmpc_opt_kit.planner import plan_config
 from tdmpc_opt_kit.rollout import Stage, imagine, record, trace
 from tdmpc_opt_kit.rollout_view import Plane, RolloutView, ghost, limits, path, planes, timeline
 from tdmpc_opt_kit.tasks import MT30
-from tdmpc_opt_kit.widgets import agent_models
+from tdmpc_opt_kit.widgets import agent_models, known_tasks
 
 TINY = plan_config("tiny")
 DOMAINS = list({t.domain + str(t.custom): t.name for t in MT30}.values())
@@ -160,3 +162,60 @@ def test_the_ghost_is_the_body_alone():
     where[2:4, 2:4] = True
     out = ghost(a, b, where)
     eq((out != a).any(-1), where); assert (out[2:4, 2:4, 1] > out[2:4, 2:4, 0]).all()
+
+def test_worker_and_page_draw_at_once(monkeypatch):
+    "A run comes in while the cursor moves and the page turns dark: nobody changes a figure under another's hands."
+    v, runs = RolloutView(second="none", task="cup-catch", mode="policy", steps=6), []
+    monkeypatch.setattr(rollout_view, "render_backend", lambda: None)
+    for task in ("cup-catch", "walker-walk"): runs.append(v.play(lambda *_: None, names=["student"], task=task, seed=0, mode="policy", cfg=None, steps=6))
+    v.take(runs[0])
+    eq([r["traces"][0].action.shape[1] for r in runs], [2, 6])
+    said, failed, end = [], [], time.monotonic() + 4
+    v.observe(lambda c: said.append(c.new), "message")
+    def takes():
+        try:
+            while time.monotonic() < end:
+                for r in runs[::-1]: v.take(r)
+        except Exception as e: failed.append(e)
+    worker, moves = threading.Thread(target=takes), 0
+    worker.start()
+    while worker.is_alive():
+        v.at = moves % 6; v.time.value = (moves + 2) % 6; moves += 1
+        if moves % 9 == 0: v.theme.dark = not v.theme.dark
+    worker.join()
+    assert not failed and not any("Error" in s for s in said), (failed, set(said))
+    eq(v.at, v.time.value); eq(v.columns[0].line.layout.shapes[0].x0, v.at); assert moves > 5
+
+def test_the_last_value_is_named():
+    "Part of the return to go is the model's own: the words above the row and under the mouse say so."
+    tr = trace(agent_models("student"), "cup-catch", mode="policy", max_steps=4)
+    fig = timeline(tr, "#1d4ed8")
+    assert "observed + last value" in fig.layout.annotations[1].text and "observed + last value" in fig.data[2].hovertemplate and fig.data[2].name == "observed + last value"
+    eq((fig.data[2].y[-1], fig.data[0].name), (np.float32(tr.value[-1]), "observed"))
+
+def test_tasks_that_were_learned():
+    v = RolloutView(second="none", mode="policy", steps=6)
+    eq(v.task_menu.options, known_tasks("student")); assert len(v.task_menu.options) < len(agent_models("student").tasks)
+    v.task = "walker-run"
+    eq((v.task_menu.value, v.message), ("walker-run", "task: student was not trained on walker-run."))
+    v.third = "student int4"; eq(v.task, "walker-run")
+    v.run(wait=True); assert v.message.startswith("6 decisions of walker-run") and v.message.endswith("student and student int4 were not trained on walker-run."), v.message
+    v.task_menu.value = "cup-catch"; v.third = "none"
+    eq(v.task_menu.options, known_tasks("student"))
+    v.task = "no-task"; eq(v.task, "cup-catch"); assert v.message.startswith("task: no-task is not known to student")
+    eq(RolloutView(second="none", task="walker-run").task_menu.value, "walker-run")
+
+def test_agents_by_file_from_the_start():
+    file = str(data_dir()/"teachers"/"walker-walk.safetensors")
+    v = RolloutView(first=file, second="student")
+    assert v.first == file and all(file in m.options for m, _ in v.box.menus)
+    with pytest.raises(ConfigError, match="There is no agent 'nothing.pt'"): RolloutView(first="nothing.pt")
+
+def test_the_head_fits_a_third_of_the_page(view):
+    "Three agents at 1,000 pixels leave about 30 letters to each."
+    for c in view.columns: assert len(re.sub("<.*?>", "", c.head.value)) <= 30, c.head.value
+
+def test_the_notebook_leaves_stop_to_the_page():
+    cells = [c for c in json.loads((Path(__file__).parents[1]/"nbs"/"explore_rollouts.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    i, = [i for i, c in enumerate(cells) if "display(view)" in "".join(c["source"])]
+    assert cells[i]["source"][-1] == "view.run()" and cells[i + 1]["source"][0].strip() == "view.job.wait()"
