@@ -27,7 +27,7 @@ from .envs import make_env, render_backend
 from .planner import PLAN_PRESETS, PlanConfig, PlanState, plan, plan_config
 from .tasks import EPISODE_LENGTH, MAX_OBS, TaskSpec, pad, task_set
 from .twohot import from_two_hot
-from .widgets import INK, AgentBox, Job, View, agent_models, controls, guarded, in_worker, jpeg, redraw, series, show, themed
+from .widgets import INK, AgentBox, Job, View, agent_models, agent_names, controls, guarded, in_worker, jpeg, known_tasks, redraw, series, show, themed
 
 # %% ../nbs/54_planner_view.ipynb #c5b8e898
 @dataclass
@@ -377,13 +377,13 @@ def comparison(
     "A table of actions, predicted returns, elites that count, and times."
     plans = {n: d for n, d in plans.items() if d is not None}
     now = next(iter(plans.values()))
-    cell = lambda v, tag="td", side="right": f'<{tag} style="padding: 0 8px; text-align: {side}; white-space: nowrap">{v}</{tag}>'
+    cell = lambda v, tag="td", side="right": f'<{tag} style="padding: 0 5px; text-align: {side}; white-space: nowrap">{v}</{tag}>'
     row = lambda name, *what: "<tr>" + cell(f'<span title="{_TIMED}">{escape(name)}</span>' if name == "time a plan" else escape(name), "th", "left") + "".join(map(cell, what)) + "</tr>"
     signed = lambda v: f"{v:+.2f}".replace("-", "−")
     rows = [row(n, *(signed(d.action[k]) for d in plans.values()), signed(now.policy[0, k])) for k, n in enumerate(names or _names(now))]
     rows += [row("predicted return", *(f"{d.returns['plan']:.2f}" for d in plans.values()), f"{now.returns['policy']:.2f}"), row("elites that count", *(f"{d.counting[i]:.1f}" if i < d.cfg.iterations else "" for d in plans.values()), ""),
              row("time a plan", *("…" if d.ms is None else f"{d.ms:.0f} ms" for d in plans.values()), "")]
-    return '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums; line-height: 1.4">' + row("", *(f"<b>{escape(n)}</b>" for n in (*plans, "policy"))) + "".join(rows) + "</table>"
+    return '<table style="border-collapse: collapse; font-size: 12px; font-variant-numeric: tabular-nums; line-height: 1.5">' + row("", *(f"<b>{escape(n)}</b>" for n in (*plans, "policy"))) + "".join(rows) + "</table>"
 
 # %% ../nbs/54_planner_view.ipynb #9a2d4d88
 FIELDS = ("iterations", "num_samples", "num_elites", "horizon", "temperature", "num_pi_trajs", "anchor", "min_std", "max_std")
@@ -425,6 +425,7 @@ class PlannerView(View):
         self.decision = self.before = self.pin = self.episode = self.models = None
         self.drawing, self.asking, self.quiet, self._silence = threading.RLock(), threading.Lock(), Job(self.say), threading.local()
         self._wish = self._played = self._planned = self._started = self._drawn = self.names = None
+        self._pace = 0.  # Milliseconds a plan, by its `_cost`
         self.figures = {n: show(themed(go.Figure(), "", h, self.dark)) for n, h in _HEIGHTS.items()}
         self._make_controls()
         self._arrange()
@@ -469,7 +470,7 @@ def _make_controls(self:PlannerView):
     tie, again, look = self._tie, (lambda _: self._asked()), (lambda c: self._looked(c.name))
     ladder = lambda f: W.SelectionSlider(options=[(f"{v:g}", v) for v in _LADDERS[f]], description=f, tooltip=_TIPS[f], style=wide, layout=slim)
     count = lambda f, low, high: W.IntSlider(min=low, max=high, description=f, tooltip=_TIPS[f], style=wide, layout=slim)
-    self.box = AgentBox(self.say)
+    self.box = AgentBox(self.say, list(dict.fromkeys([*agent_names(), self.agent])))  # The worker will load it, and say if it cannot
     self.menus = dict(agent=tie("agent", self.box.menu(self.agent, layout=W.Layout(width="260px"), style=dict(description_width="48px")), again),
         task=tie("task", W.Dropdown(options=[self.task], description="task", layout=W.Layout(width="260px"), style=dict(description_width="48px")), again))
     self.sliders = {f: tie(f, count(f, 1, dict(iterations=12, horizon=8)[f]) if f in ("iterations", "horizon") else ladder(f), again) for f in FIELDS}
@@ -500,7 +501,7 @@ def _arrange(self:PlannerView):
     s, wrap, wide = self.sliders, controls, lambda *w, flex: W.VBox(list(w), layout=W.Layout(flex=flex, min_width="0"))
     scene = W.VBox([self.picture, self.caption], layout=W.Layout(width="290px"))
     where = W.VBox([s["moment"], s["seed"], self.warmth, self.numbers], layout=W.Layout(flex="1 1 330px"))
-    left = wide(wrap(scene, where), wrap(*self.presets.values(), self.pinning), wrap(*(s[f] for f in FIELDS)), flex="1 1 370px")
+    left = wide(wrap(scene, where), wrap(*self.presets.values(), self.pinning), wrap(*(s[f] for f in FIELDS)), flex="1 1 400px")
     self.places = {n: wide(self.figures[n], flex=flex) for n, flex in dict(samples="1 1 auto", moves="4 1 470px", returns="3 1 340px", horizon="3 1 340px").items()}
     right = wide(wrap(s["shown"], self.player, s["imagined"]), self.places["samples"], wrap(*(self.places[n] for n in ("moves", "returns", "horizon"))), flex="1000 1 640px")
     self.note.layout.min_height = "58px"  # Two lines, so that nothing below jumps
@@ -528,15 +529,20 @@ def _begin(self:PlannerView):
     "Start the worker on a wish if there is one and nobody is at it."
     with self.asking:
         if self._wish is None or self.job.running or self.quiet.running: return
-        key, _, cfg, warm = self._wish
-        (self.job if key != self._played or self._guess(cfg, warm) > _SLOW else self.quiet).start(self._work)
+        (self.job if self._takes_long(self._wish) else self.quiet).start(self._work)
+
+@patch
+def _takes_long(self:PlannerView, wish) -> bool:
+    "Does a wish want the bar and Stop?"
+    key, _, cfg, warm = wish
+    return key != self._played or self._guess(cfg, warm) > _SLOW
 
 @patch
 def _guess(self:PlannerView, cfg, warm) -> float: # Milliseconds
-    "What the next plan may take, from the last one."
-    if (d := self.decision) is None or d.ms is None: return 0.
-    cost = lambda c: c.num_samples * c.iterations * (c.horizon + 1)
-    return d.ms * cost(cfg) / cost(d.cfg) * (2 if warm else 1)
+    "What the next plan may take, from the last one that was timed."
+    return self._pace * _cost(cfg) * (2 if warm else 1)
+
+def _cost(cfg): return cfg.num_samples * cfg.iterations * (cfg.horizon + 1)
 
 @patch
 def wait(self:PlannerView):
@@ -551,7 +557,9 @@ def wait(self:PlannerView):
 def _work(self:PlannerView, tell):
     "Until there is no wish left: play the episode if it is another one, plan, draw, and time it."
     while True:
-        with self.asking: wish, self._wish = self._wish, None
+        with self.asking:
+            if self._wish is not None and self.quiet.running and self._takes_long(self._wish): return  # `_begin` hears that the quiet one ended, and takes the other
+            wish, self._wish = self._wish, None
         if wish is None:
             if self.decision.ms is None: self._time()
             if self._wish is None: break
@@ -578,6 +586,7 @@ def _time(self:PlannerView):
     "What the plan on the page takes; a new wish ends the timing."
     ((_, task, _), moment, cfg, _), d = self._planned, self.decision
     d.ms = plan_ms(self.models, task, self.episode.obs[moment], cfg, self._started, enough=lambda: self._wish is not None)
+    self._pace = d.ms / _cost(cfg)
     with self.drawing: self._tell_numbers()
     self._say_what_changed()
 
@@ -590,7 +599,7 @@ def _play(self:PlannerView,
     (agent, task, seed), had = key, self._played
     try:
         models = agent_models(agent)
-        known = [t.name for t in models.tasks if models.model_for(t).imagines]
+        known = [t for t in known_tasks(agent) if models.model_for(*task_set(t)).imagines]
         if not known: raise ConfigError(f"agent: {agent} is a policy alone, so nobody can plan with it; choose a whole model.")
         if task not in known and had and had[0] != agent and had[1] == task: task = known[0]
         if task not in known: raise ConfigError(f"task: {agent} does not know {task!r}; it knows {', '.join(known)}.")
@@ -602,6 +611,8 @@ def _play(self:PlannerView,
     if self.episode is not None: self.episode.close()
     self.models, self.episode, self._played = models, episode, (agent, task, seed)
     with self._silent():
+        self.box.have(agent)
+        self.menus["agent"].value = agent
         if tuple(self.menus["task"].options) != tuple(known): self.menus["task"].options = known
         self.menus["task"].value = self.task = task
     return self._played

@@ -43,9 +43,9 @@ def test_every_control(lab, width, dark):
         samples = figure(view, 0)
         page.changes(samples, lambda: page.nudge(view, "round", "ArrowLeft"))
         page.changes(samples, lambda: page.nudge(view, "imagined decision"))
-        took = [redraw_ms(page, view, l, k) for l, k in (("round", "ArrowRight"), ("round", "ArrowLeft"), ("imagined decision", "ArrowLeft"), ("imagined decision", "ArrowRight"))]
-        print(f"\nredraw in the browser at {width} px: {', '.join(f'{t:.0f}' for t in took)} ms")
-        assert min(took) < 600
+        kinds = {l: [redraw_ms(page, view, l, k) for k in keys] for l, keys in (("round", ("ArrowRight", "ArrowLeft", "ArrowRight")), ("imagined decision", ("ArrowLeft", "ArrowRight", "ArrowLeft")))}
+        print(f"\nredraw in the browser at {width} px: {'; '.join(f'{l} ' + ', '.join(f'{t:.0f}' for t in ts) for l, ts in kinds.items())} ms")
+        assert all(sorted(t)[len(t) // 2] < 900 for t in kinds.values()), kinds
         for label, key in LABELS.items():
             said = replans(page, view, lambda: page.nudge(view, label, key))
             assert re.search(rf"\({label} ", said), said

@@ -1,5 +1,6 @@
 """The view of one MPPI decision: its arrays, its figures and its handlers, without a browser."""
-import time
+import json, re, threading, time
+from html import unescape
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ import torch
 import tdmpc_opt_kit.planner_view as module
 from tdmpc_opt_kit.agent import TaskModels
 from tdmpc_opt_kit.config import ConfigError
-from tdmpc_opt_kit.evaluate import data_dir
+from tdmpc_opt_kit.evaluate import data_dir, repo_root
 from tdmpc_opt_kit.planner import PLAN_PRESETS, PlanConfig, plan, plan_config
 from tdmpc_opt_kit.planner_view import FIELDS, PlannerView, comparison, decision, horizon_figure, imagine, moves_figure, plan_ms, returns_figure, samples_figure
 from tdmpc_opt_kit.tasks import ACTION_DIMS, MT30
-from tdmpc_opt_kit.widgets import INK, agent_models, in_worker
+from tdmpc_opt_kit.widgets import INK, agent_models, in_worker, known_tasks
 from tdmpc_opt_kit.world_model import SIZES, WorldModel
 
 OBS = np.zeros(24, np.float32)
@@ -123,6 +124,16 @@ def test_table(both):
     table = comparison(dict(now=both[0], before=both[1], pinned=None), 4, [f"<{k}>" for k in "abcdef"])
     assert table.count("<tr>") == 1 + 6 + 3 and "&lt;a&gt;" in table and "…" in table
 
+def test_table_fits_its_column(both, view):
+    "With a pinned plan and times of four digits there are still five columns in the left half."
+    d = both[0]
+    d.ms = 1234.
+    table = comparison(dict(now=d, before=d, pinned=d), 4, ["right_ankle", *"abcde"])
+    size, padding = (float(re.search(rf"{k}[^;\"]*?(\d+)px", table)[1]) for k in ("font-size:", "padding:"))
+    rows = [[unescape(re.sub("<[^>]+>", "", c)) for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in re.findall("<tr>.*?</tr>", table)]
+    needed = sum(0.56 * size * max(map(len, column)) + 2 * padding for column in zip(*rows, strict=True))
+    assert needed < float(view.widget.children[1].children[0].layout.flex.split()[-1].removesuffix("px")) - 20
+
 # ---------------------------------------------------------------- the view
 
 @pytest.mark.parametrize(("name", "value"), [("iterations", 3), ("num_samples", 64), ("num_elites", 4), ("horizon", 2), ("temperature", 0.7), ("num_pi_trajs", 0), ("anchor", 20.), ("min_std", 0.2), ("max_std", 1.)])
@@ -180,18 +191,18 @@ def test_looking_only_redraws(view):
     assert "imagined decision: this plan has 3" in view.message
 
 def test_redraw_is_quick():
-    "Six panels at the published settings: what only redraws takes a fraction of 200 ms."
+    "Six panels at the published settings: what only redraws takes little of the processor, whoever else uses it."
     v = PlannerView("student", "walker-walk", max_steps=3, moment=1, wait=True)
     took = []
     for k in range(5):
-        t0 = time.perf_counter()
+        t0 = time.process_time()
         v.shown = k + 2
-        took.append(time.perf_counter() - t0)
+        took.append(time.process_time() - t0)
     for h in (2, 3, 1):
-        t0 = time.perf_counter()
+        t0 = time.process_time()
         v.imagined = h
-        took.append(time.perf_counter() - t0)
-    assert min(took[:5]) < 0.2 and min(took[5:]) < 0.2, took
+        took.append(time.process_time() - t0)
+    assert np.median(took[:5]) < 0.4 and np.median(took[5:]) < 0.4, took
 
 def test_quick_ways_end_where_the_figures_do(view):
     "What only moves numbers shows what a figure made anew would show."
@@ -263,11 +274,73 @@ def test_tasks_and_agents(view):
     view.wait()
     assert view.task == "cartpole-balance" and "teachers, cartpole-balance" in view.caption.value
     path = str(data_dir()/"teachers"/"cup-spin.safetensors")
+    d = view.decision
     view.box.text.value = path
     view.box.button.click()
+    view.wait()
+    assert (view.agent, view.menus["agent"].value) == ("teachers", "teachers") and view.decision is d, "a longer menu is no other choice"
+    assert view.message == f"{path} is in the menus now; it knows 1 task."
     view.menus["agent"].value = path
     view.wait()
     assert view.task == "cup-spin" == view.menus["task"].value and view.menus["task"].options == ("cup-spin",), "the only task that it knows"
+
+def test_file_from_the_start():
+    "The menu shows what the view was given, and whatever code asks for later."
+    path, other = (str(data_dir()/"teachers"/f"{t}.safetensors") for t in ("cup-spin", "cup-catch"))
+    v = PlannerView(path, "cup-spin", plan="tiny", max_steps=4, moment=2, wait=True)
+    agree = lambda name: v.agent == v.menus["agent"].value == name and name in v.caption.value and v.job.error is None
+    assert agree(path)
+    v.menus["agent"].value = "student"
+    assert v.wait() and agree("student") and v.task == "cup-spin"
+    v.agent, v.task = other, "cup-catch"
+    assert v.wait() and agree(other)
+    v.menus["agent"].value = path
+    assert v.wait() and agree(path) and v.task == "cup-spin"
+
+def test_tasks_by_card(view, monkeypatch, anybody):
+    "What the card says was trained on; everything where nothing does."
+    assert view.menus["task"].options == known_tasks("student") and len(view.menus["task"].options) == 14
+    view.task = "fish-swim"
+    view.wait()
+    assert "task: student does not know 'fish-swim'" in view.message and view.task == "cup-catch"
+    monkeypatch.setattr(module, "agent_models", lambda name: anybody)
+    monkeypatch.setattr(module, "known_tasks", lambda name: tuple(t.name for t in anybody.tasks))
+    view.seed = 1
+    view.wait()
+    assert len(view.menus["task"].options) == 30
+
+def test_slow_wishes_get_the_bar(view, monkeypatch):
+    "Whatever the quiet job is at: another episode, or a slow plan, is left to the job with bar and Stop."
+    jobs, timing, go = [], threading.Event(), threading.Event()
+    def noting(name):
+        real = getattr(module, name)
+        def f(*args, **kwargs):
+            jobs.append((name, view.job.running, view.quiet.running))
+            return real(*args, **kwargs)
+        monkeypatch.setattr(module, name, f)
+    def slow_timing(*args, **kwargs):
+        timing.set()
+        assert go.wait(20)
+        return 1.
+    def while_quiet(wish):
+        for e in (timing, go): e.clear()
+        view.temperature += 1
+        assert timing.wait(20) and view.quiet.running and not view.job.running
+        jobs.clear()
+        wish()
+        go.set()
+        view.wait()
+    view.warm = False
+    view.wait()
+    monkeypatch.setattr(module, "plan_ms", slow_timing)
+    for n in ("play", "decision"): noting(n)
+    while_quiet(lambda: setattr(view, "task", "walker-walk"))
+    assert jobs == [("play", True, False), ("decision", True, False)] and view.decision.task.name == "walker-walk"
+    def slow():
+        monkeypatch.setattr(module, "_SLOW", 0.)
+        view.temperature += 1
+    while_quiet(slow)
+    assert jobs == [("decision", True, False)] and view.decision.cfg.temperature == view.temperature
 
 def test_wrong_agents_and_tasks(view):
     view.agent = "teachers"
@@ -283,10 +356,12 @@ def test_wrong_agents_and_tasks(view):
 
 def test_nothing_at_first():
     v = PlannerView("studnet", wait=True)
-    assert "There is no agent 'studnet'" in v.message and v.decision is None
+    assert "There is no agent 'studnet'" in v.message and v.decision is None and v.menus["agent"].value == "studnet"
     v.shown, v.pinned, v.theme.dark = 1, True, True
     assert "there is none yet" in v.message
-    v.pinned = False
+    v.pinned, v.max_steps, v.moment = False, 2, 1
+    v.menus["agent"].value = "student"
+    assert v.wait().decision is not None and "student, walker-walk" in v.caption.value
 
 def test_stop(view, monkeypatch):
     d = view.decision
@@ -327,3 +402,9 @@ def test_pages_that_come_late(view):
 def test_theme(view):
     view.theme.dark = True
     assert {f.layout.font.color for f in view.figures.values()} == {INK[True]["text"]}
+
+def test_notebook_for_readers():
+    "Whoever only reads finds the view's place, and a picture right below it."
+    cells = [c for c in json.loads((repo_root()/"nbs"/"explore_planner.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    kinds = [{k for o in c["outputs"] for k in o.get("data", ())} for c in cells[:2]]
+    assert "application/vnd.jupyter.widget-view+json" in kinds[0] and "image/png" in kinds[1]
