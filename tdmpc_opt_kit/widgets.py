@@ -221,7 +221,7 @@ def start(self,
         except Exception as e:
             self.error = e
             self.say(explain(e), "bad")
-        finally: self.running, self.button.disabled, self.widget.layout.display = False, True, "none"
+        finally: self.button.disabled, self.widget.layout.display, self.running = True, "none", False  # Last, because who hears of it may start the next one
     self._future = _worker.submit(contextvars.copy_context().run, run)
     return self.wait() if wait else self
 Job.start = start
