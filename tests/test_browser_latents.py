@@ -151,4 +151,4 @@ def test_redraws_are_quick(lab):
             time.sleep(0.3)
             took.append(page.page.evaluate("() => window.redrawn[window.redrawn.length - 1]") - t0)
         print("choice to picture, ms:", [round(t) for t in took])
-        assert min(took) < 1000, took
+        assert sorted(took)[len(took) // 2] < 1500, took
