@@ -59,12 +59,13 @@ class LiveCurves(View):
         on:bool=None,     # Draw at all? None: where somebody is looking
         most:int=2000,    # Lines that are kept
     ):
-        super().__init__()
-        self.functions, self.every, self.most, self.on = list(figures), every, most, watched() if on is None else on
+        self.on = watched() if on is None else on
+        (super() if self.on else super(View, self)).__init__()  # Where nobody looks no widget is made: an executed notebook would keep its state, plotly's code too
+        self.functions, self.every, self.most = list(figures), every, most
         self.rows, self.drawn, self._last, self._cost = [], 0, -math.inf, 0.
         self.figures = [show(go.Figure()) for _ in self.functions] if self.on else []
         for f in self.figures: f.layout.height = 10
-        self.layout(*self.figures)
+        if self.on: self.layout(*self.figures)
 
     def add(self,
         row,               # A dict of numbers, or a function that makes one

@@ -243,7 +243,8 @@ def test_distill_leaves_pictures(distilled):
     nb = json.loads(path.read_text(encoding="utf-8"))
     kinds = [k for c in nb["cells"] for o in c.get("outputs", []) for k in o.get("data", {})]
     assert kinds.count("image/png") >= 3 and "application/vnd.jupyter.widget-view+json" not in kinds
-    assert "<video" in path.read_text(encoding="utf-8") and "widgets" not in nb["metadata"]
+    assert "widgets" not in nb["metadata"]
+    assert ("<video" in path.read_text(encoding="utf-8")) == (distilled[0]/"video.mp4").exists()
     assert path.stat().st_size < 2_000_000
 
 def test_distill_report(distilled):
