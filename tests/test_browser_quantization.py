@@ -55,7 +55,7 @@ def test_quantization(lab, width, dark):
         # Figures' own controls, and a click on the ranking
         view.locator("button:text-is('int4')").click()
         page.changes(histogram, lambda: page.choose(view, "layer", "dynamics.0"))
-        for units in ("weights", "own steps"): page.changes(histogram, lambda: view.locator(f"button:text-is('{units}')").click())
+        for units in ("own steps", "weights"): page.changes(histogram, lambda: view.locator(f"button:text-is('{units}')").click())
         page.shot("figures")
         page.changes(histogram, lambda: view.locator("button:text-is('scale 1.0')").click())
         page.changes(histogram, lambda: view.locator("label:has-text('log counts') input, .widget-checkbox input").first.click())
