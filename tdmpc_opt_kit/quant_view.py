@@ -29,7 +29,7 @@ from torch import Tensor
 from traitlets import Bool, Dict, Int, Unicode
 
 from .agent import PlanAgent, PolicyAgent, TaskModels
-from .checkpoint import read_card, save_world_model
+from .checkpoint import save_world_model
 from .config import ConfigError, default_preset, nearest
 from .data import Batch, episode_seed, roll
 from .envs import VecEnv
@@ -39,7 +39,7 @@ from .qtensor import QTensor, sqnr
 from .quantize import SCHEMES, Coverage, MixedConfig, choose_bits, damage, output_errors, outputs, plan_error, quantize_, weights_of
 from .tasks import EPISODE_LENGTH, task_set
 from .train import new_run_dir
-from .widgets import INK, AgentBox, View, agent_models, controls, guarded, redraw, series, show, themed
+from .widgets import INK, AgentBox, View, agent_models, controls, guarded, known_tasks, redraw, series, show, themed
 from .world_model import WorldModel, policy_only
 
 # %% ../nbs/56_quant_view.ipynb #ed7006a9
@@ -553,7 +553,7 @@ class QuantView(View):
         tiny = default_preset() == "tiny"
         self.tasks, self.slices, self.max_steps, self.num_workers = tasks, slices or (64 if tiny else 256), max_steps or (30 if tiny else EPISODE_LENGTH), num_workers
         self.state_steps = min(self.max_steps, 250)
-        self.bench, self.benches, self.compared, self.now, self.played, self.floats, self.planned, self.card, self.lock, self._held = None, {}, ({}, []), None, [], {}, {}, {}, threading.RLock(), False
+        self.bench, self.benches, self.compared, self.now, self.played, self.floats, self.planned, self.card, self._quiet = None, {}, ({}, []), None, [], {}, {}, {}, False
         self.loaded, self.seed = None, -1
         self._controls()
         self._figures()
@@ -567,18 +567,19 @@ class QuantView(View):
 def held(self:QuantView):
     "Inside, traits and controls change without being answered."
     with self.lock:
-        was, self._held = self._held, True
+        was, self._quiet = self._quiet, True
         try: yield
-        finally: self._held = was
+        finally: self._quiet = was
+
+@patch(as_prop=True)
+def _held(self:QuantView) -> bool:
+    "Does this thread hold it? What another one holds is waited for, so that nothing which the reader moves meanwhile is lost."
+    with self.lock: return self._quiet
 
 @patch
 def _controls(self:QuantView):
     narrow = lambda w, **kw: W.Layout(width=w, **kw)
     self.box = AgentBox(self.say)
-    add = self.box.add
-    def quietly(name):  # New options move a menu to its first one for a moment
-        with self.held(): add(name)
-    self.box.add = quietly
     self.agent_menu = self.box.menu(self.agent, layout=narrow("240px"))
     self.which_menu = W.Dropdown(description="model of", options=[], layout=narrow("260px", display="none"))
     self.again = W.Button(description="Measure anew", icon="refresh", tooltip="Collect states again and measure every layer", layout=narrow("134px"))
@@ -635,7 +636,8 @@ def _make_sliders(self:QuantView):
 @patch
 @guarded
 def _slid(self:QuantView, layer, value):
-    if not self._held: self.bits = {**self.bits, layer: value}
+    with self.lock:
+        if not self._held: self.bits = {**self.bits, layer: value}
 
 @patch
 def _listen(self:QuantView):
@@ -653,7 +655,8 @@ def _listen(self:QuantView):
 @guarded
 def _told(self:QuantView, trait, value):
     "A control moved."
-    if not self._held and value is not None: setattr(self, trait, value)
+    with self.lock:
+        if not self._held and value is not None: setattr(self, trait, value)
 
 @patch
 @guarded
@@ -669,18 +672,18 @@ def load(self:QuantView, wait=False):
     "Take the agent that is chosen; goes back to the one before if it will not do."
     try:
         if self.job.running: raise ConfigError("agent: something is being computed; wait for it, or press Stop, and choose again.")
-        model, which, names, card = self._find()
+        agent, (model, which, names, card) = self.agent, self._find()  # A choice that is refused meanwhile changes `self.agent`
     except Exception:
         self._back()
         raise
     def work(tell):
         try:
-            bench = self.benches.get(key := (id(model), self.agent)) or Workbench(model)
+            bench = self.benches.get(key := (id(model), agent)) or Workbench(model)
             for i, b in enumerate((8, 4)):
                 tell(i, 2, "Rounding every layer:")
                 bench.at(b, self.group)
             self.benches[key] = bench
-            self._adopt(bench, which, names, card)
+            self._adopt(bench, agent, which, names, card)
         except BaseException:
             self._back()
             raise
@@ -705,17 +708,17 @@ def _find(self:QuantView) -> tuple: # Model, whose it is, who else there is, and
     model = models.model_for(which) if which else models.models[0]
     if model.quantized or model.inputs or model.scheme: raise ConfigError(f"agent: {self.agent} is quantized already ({(model.scheme or {}).get('name', 'by hand')}); choose the original, the sliders quantize it.")
     path, known = agent_path(self.agent), [t.name for t in models.tasks if models.model_for(t) is model]
-    trained = [t for t in (read_card(path)["metrics"].get("trained_tasks") if path else None) or known if t in known] or known
+    trained = [t for t in known_tasks(self.agent) if t in known] or known
     states = [s.name for s in task_set(self.tasks) if s.name in known] if self.tasks is not None else trained[:4] if default_preset() == "tiny" else trained
     return model, which, names, dict(trained_tasks=trained, planner=planner_of(path) if path else "light", known=known, states=states or trained)
 
 @patch
-def _adopt(self:QuantView, bench, which, names, card):
+def _adopt(self:QuantView, bench, agent, which, names, card):
     "Show another model."
     sizes = [sum(r["bytes"] for r in bench.at(b, self.group).rows.values()) // 1000 + 1 for b in (4, 16)]
     with self.held():
-        self.which, self.card, self.bench, self.compared, self.now = which, card, bench, ({}, []), None
-        self.loaded = self.agent, which
+        self.agent, self.which, self.card, self.bench, self.compared, self.now = agent, which, card, bench, ({}, []), None
+        self.loaded = agent, which
         self.which_menu.options, self.which_menu.layout.display = names, "" if names else "none"
         self.tasks_menu.value = ()  # The page would look for the old choice among new options
         self.tasks_menu.options, self.tasks_menu.value = card["known"], tuple(card["trained_tasks"][:3])
@@ -763,12 +766,13 @@ def _bench(self:QuantView) -> Workbench:
 @patch
 def _points(self:QuantView, tell):
     "Presets and budgets, on a bench of the worker's own, since the page's may move meanwhile."
-    self.bench.rank(self.group, tell)
+    group = self.group
+    self.bench.rank(group, tell)
     twin = copy.copy(self.bench)
     twin.mixed, twin.now = copy.deepcopy(self.bench.model), {}
     with torch.no_grad():
         for n, x in twin.at(16).tensors.items(): twin.mixed.get_parameter(n).copy_(x)
-    return twin.compare(self.group, tell=tell)
+    return twin.compare(group, tell=tell)
 
 @patch
 def _compared(self:QuantView, points):
@@ -886,7 +890,7 @@ def draw(self:QuantView, *names):
     with self.lock:
         a, (named, curve), dark = self.now, self.compared, self.dark
         self.head.value = f'<div style="line-height: 1.5; color: var(--jp-ui-font-color1, inherit)">{headline(a, self.planned.get(self._key()))}</div>'
-        layers_ = tuple(k for k in (self.bench.table or {}) if k[2] in (None, self.group))
+        layers_ = tuple(k for k in list(self.bench.table) if k[2] in (None, self.group))
         make = dict(layers=lambda: layers_figure.parts(a, self.layer, dark), sizes=lambda: sizes_figure.parts(a, dark), errors=lambda: errors_figure.parts(a, named, dark),
             ranking=lambda: ranking_figure.parts(self.bench.rank(self.group), self.bits, self.layer, dark) if len(layers_) == 3 * len(self.bench.layers) else None,
             histogram=lambda: histogram_figure.parts(self.bench.model.get_parameter(f"{self.layer}.weight"), self.bench.weight(self.layer, self.bits[self.layer], self.group), self.layer, self.units, self.log, dark),
@@ -914,7 +918,7 @@ def quantized(self:QuantView) -> WorldModel:
 def plan_action(self:QuantView, wait=False):
     "The error of the planned action."
     bench = self._bench()
-    if not bench.model.imagines: raise ConfigError(f"agent: {self.agent} is a policy alone, so nobody can plan with it; choose a whole model.")
+    if not bench.model.imagines: raise ConfigError(f"agent: {self.loaded[0]} is a policy alone, so nobody can plan with it; choose a whole model.")
     if bench.batch is None: raise ConfigError("Planned action: there are no states to plan from yet; wait for them, or press Measure anew.")
     m, key, b, cfg = self.quantized(), self._key(), bench.batch, "tiny" if default_preset() == "tiny" else self.card["planner"]
     def work(tell):
@@ -935,8 +939,9 @@ def play(self:QuantView, wait=False):
     "Returns of float32 and of the present bits on the same starts."
     bench, tasks, mode, episodes = self._bench(), tuple(self.tasks_menu.value), self.mode, self.episodes
     if not tasks: raise ConfigError("tasks: choose at least one (Ctrl and click for several).")
-    if mode == "planner" and not bench.model.imagines: raise ConfigError(f"acts by: {self.agent} is a policy alone, so nobody can plan with it; choose policy.")
-    m, now, name = self.quantized(), self.now, f"{self.agent}{f' ({self.which})' * bool(self.which)} {self.preset or 'by hand'}"
+    if mode == "planner" and not bench.model.imagines: raise ConfigError(f"acts by: {self.loaded[0]} is a policy alone, so nobody can plan with it; choose policy.")
+    agent, which = self.loaded
+    m, now, name = self.quantized(), self.now, f"{agent}{f' ({which})' * bool(which)} {self.preset or 'by hand'}"
     whole = (id(bench), tasks, mode, episodes)
     kw = dict(tasks=list(tasks), episodes=episodes, mode=mode, max_steps=self.max_steps, plan="tiny" if default_preset() == "tiny" else self.card["planner"], num_workers=self.num_workers)
     def work(tell):
@@ -966,6 +971,9 @@ def _recall(self:QuantView, row):
     if self._held or not row: return
     p = self.played[row - 1]
     if set(p.a.bits) != set(self._bench().layers): raise ConfigError(f"bits of row: row {row} is of a model with other layers; choose its agent first.")
+    if p.a.group != self.group and self.job.running:
+        with self.held(): self.recall.value = 0
+        raise ConfigError(f"bits of row: row {row} has another group, and something is being computed; wait for it, or press Stop, and choose again.")
     with self.held():
         group, self.group = self.group, p.a.group
         self._sync()
@@ -979,9 +987,11 @@ def _recall(self:QuantView, row):
 @guarded
 def save(self:QuantView):
     "Write the model with the present bits, and its policy alone, into a folder under runs/."
-    m, words = self.quantized(), f"{self.agent}{f' ({self.which})' * bool(self.which)}, bits by hand: {in_words(self.bits)}"
-    name = "-".join((Path(self.agent).stem.replace(" ", "-"), *([self.which] if self.which else []), (self.preset or "by hand").replace(" ", "-")))
-    folder, about = Path(new_run_dir("quantized", root=repo_root()/"runs")), dict(trained_tasks=self.card["trained_tasks"], planner=self.card["planner"])
+    self._bench()
+    with self.lock: m, (agent, which), bits, preset, card = self.quantized(), self.loaded, self.bits, self.preset, self.card  # Another agent may be on its way
+    words = f"{agent}{f' ({which})' * bool(which)}, bits by hand: {in_words(bits)}"
+    name = "-".join((Path(agent).stem.replace(" ", "-"), *([which] if which else []), (preset or "by hand").replace(" ", "-")))
+    folder, about = Path(new_run_dir("quantized", root=repo_root()/"runs")), dict(trained_tasks=card["trained_tasks"], planner=card["planner"])
     folder.mkdir(parents=True, exist_ok=True)
     path = save_world_model(m, folder/f"{name}.safetensors", torch.float16, origin=words, metrics=about, include_target=False)
     small = save_world_model(policy_only(m), folder/f"{name}_policy.safetensors", torch.float16, origin=f"{words}, policy alone", metrics=dict(trained_tasks=about["trained_tasks"])) if m.imagines else path
