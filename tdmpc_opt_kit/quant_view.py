@@ -29,7 +29,7 @@ from torch import Tensor
 from traitlets import Bool, Dict, Int, Unicode
 
 from .agent import PlanAgent, PolicyAgent, TaskModels
-from .checkpoint import read_card, save_world_model
+from .checkpoint import save_world_model
 from .config import ConfigError, default_preset, nearest
 from .data import Batch, episode_seed, roll
 from .envs import VecEnv
@@ -672,6 +672,7 @@ def load(self:QuantView, wait=False):
     "Take the agent that is chosen; goes back to the one before if it will not do."
     try:
         if self.job.running: raise ConfigError("agent: something is being computed; wait for it, or press Stop, and choose again.")
+        self.box.have(self.agent)  # From code it may be a file that no menu has yet
         agent, (model, which, names, card) = self.agent, self._find()  # A choice that is refused meanwhile changes `self.agent`
     except Exception:
         self._back()

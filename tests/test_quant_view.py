@@ -1,6 +1,7 @@
 """The bench says what quantize_ says, planted faults are found, and every handler of the view answers with a picture or with one line."""
 import copy
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from tdmpc_opt_kit.checkpoint import load_world_model, save_world_model
 from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.data import Batch
 from tdmpc_opt_kit.evaluate import data_dir
-from tdmpc_opt_kit.widgets import agent_models
-from tdmpc_opt_kit.quant_view import BUDGETS, GROUPS, PRESETS, Plot, QuantView, Workbench, agent_path, histogram_figure, in_words, layers_figure, own_states, plane_figure, preset_bits, ranking_figure, sizes_figure
+from tdmpc_opt_kit.quant_view import BUDGETS, ERRORS, GROUPS, PRESETS, Plot, QuantView, Workbench, agent_path, histogram_figure, in_words, layers_figure, own_states, plane_figure, preset_bits, ranking_figure, sizes_figure
 from tdmpc_opt_kit.quantize import SCHEMES, MixedConfig, damage, output_errors, outputs, quantize_, sensitivity
+from tdmpc_opt_kit.widgets import agent_models
 from tdmpc_opt_kit.world_model import WorldModel, model_size, policy_only
 
 SHORT = dict(slices=16, max_steps=12, num_workers=0)
@@ -175,9 +176,10 @@ def test_looks(view):
     view.log_box.value = False
     assert view.plots["histogram"].widget.layout.yaxis.type in (None, "linear", "-")
     view.log_box.value, view.units_menu.value = True, "weights"
+    view.say()
     for e in view.error_menu.options:
         view.error_menu.value = e
-        assert "Error" not in view.message
+        assert view.message == "" and view.plots["plane"].widget.layout.yaxis.title.text == ERRORS[e][1]
         assert all(y is not None for y in view.plots["plane"].widget.data[0].y)
     was = view.plots["layers"].widget.data[0].marker.color
     view.theme.dark = True
@@ -295,13 +297,114 @@ def test_specialists_and_files(tmp_path):
     assert agent_path("teachers") is None and agent_path("student") == data_dir()/"students"/"student.safetensors" and agent_path(str(file)) == file
 
 
-def test_a_choice_while_another_one_loads():
-    "What is measured is what the view says it is, whatever was chosen meanwhile."
-    v = QuantView(tasks="cup-catch,pendulum-spin", **SHORT)
-    v.agent = "teachers"  # Refused or taken, as the clock will have it
-    v.job.wait()
-    assert v.loaded[0] == v.agent == v.agent_menu.value
-    assert any(v.bench.model is m for m in agent_models(v.agent).models), "another agent's model under this name"
-    v.agent = "student fp16"
-    v.job.wait()
-    assert v.loaded[0] == v.agent == v.agent_menu.value and any(v.bench.model is m for m in agent_models(v.agent).models)
+def test_a_choice_that_is_refused_changes_no_name(tmp_path, monkeypatch):
+    "While the worker rounds a model, another choice and a wish to save come: the view's name, file names and model stay of one agent."
+    files = [str(save_world_model(make("cup-catch,walker-walk", seed=i), tmp_path/f"{n}.safetensors", origin="a test", metrics=dict(trained_tasks=["walker-walk"]))) for i, n in enumerate(("one", "two", "three"))]
+    monkeypatch.setattr("tdmpc_opt_kit.quant_view.repo_root", lambda: tmp_path)
+    inside, go, at = threading.Event(), threading.Event(), Workbench.at
+    def slow(self, *args):
+        if threading.current_thread().name.startswith("tdmpc-view"):
+            inside.set()
+            go.wait(30)
+        return at(self, *args)
+    monkeypatch.setattr(Workbench, "at", slow)
+    def check(view, name):
+        go.set()
+        view.job.wait()
+        model = agent_models(name).models[0]
+        assert view.agent == view.agent_menu.value == name and view.loaded == (name, "") and view.bench.model is model and view.benches[id(model), name] is view.bench
+        assert set(view.tasks_menu.options) == {"cup-catch", "walker-walk"} and view.tasks_menu.value == ("walker-walk",)  # Of all the ones that it was trained on
+        inside.clear(), go.clear()
+    view = QuantView(files[0], **SHORT)
+    try:
+        for f in files[1:]: view.box.add(f)
+        assert inside.wait(30)
+        view.agent_menu.value = files[1]  # Before anything is there
+        assert "something is being computed" in view.message
+        check(view, files[0])
+        view.agent_menu.value = files[1]
+        assert inside.wait(30)
+        view.save()
+        assert view.saved.name.startswith("one"), view.message
+        view.agent = files[2]
+        assert "something is being computed" in view.message and view.agent == files[0]
+        check(view, files[1])
+    finally:
+        go.set()
+        view.job.wait()
+    view.save()
+    assert view.saved.name.startswith("two")
+
+
+def test_a_file_comes_into_the_menu_and_is_not_chosen(view, tmp_path):
+    file, heard = str(save_world_model(make("cup-catch"), tmp_path/"quiet.safetensors", origin="a test")), []
+    view.observe(heard.append, "agent")
+    view.box.add(file)
+    view.unobserve(heard.append, "agent")
+    assert file in view.agent_menu.options and view.agent_menu.value == view.agent == "student" and not heard and not view.job.running
+
+
+def test_a_slider_moved_while_the_worker_holds_is_not_lost(view):
+    view.presets.value = "all 8"
+    inside = threading.Event()
+    def worker():
+        with view.held():
+            inside.set()
+            threading.Event().wait(0.3)
+    t = threading.Thread(target=worker)
+    t.start()
+    inside.wait()
+    view.sliders["dynamics.1"].value = 4
+    t.join()
+    assert view.bits["dynamics.1"] == 4 == view.now.bits["dynamics.1"]
+    with view.held(): view.sliders["dynamics.1"].value = 16
+    assert view.bits["dynamics.1"] == 4  # One's own changes are not answered
+    view._sync()
+
+
+def test_drawing_while_layers_are_measured(view, monkeypatch):
+    class Measured(tuple):
+        "A key whose look finds another layer measured meanwhile."
+        def __getitem__(self, i):
+            view.bench.table["more", len(view.bench.table), 0] = 0.
+            return super().__getitem__(i)
+    monkeypatch.setattr(view.bench, "table", {Measured(k): v for k, v in view.bench.table.items()})
+    view.draw("ranking")
+    assert any(k[0] == "more" for k in list(view.bench.table))
+
+
+def test_group_stays_while_something_is_computed(view, monkeypatch):
+    view.presets.value, view.tasks_menu.value, view.episodes, view.mode = "all 4", ("cup-catch",), 2, "policy"
+    view.play(wait=True)
+    row = len(view.played)
+    view.group = 16
+    view.job.wait()
+    with monkeypatch.context() as m:
+        m.setattr(view.job, "running", True)
+        view.recall.value = row
+        assert view.group == 16 == view.group_slider.value and view.recall.value == 0 and view.message.startswith("bits of row:")
+    view.recall.value = row  # And again, when it is done
+    view.job.wait()
+    assert view.group == 48 == view.now.group
+    seen = []
+    def rank(group, tell):
+        seen.append(group)
+        with view.held(): view.group = 16
+    with monkeypatch.context() as m:
+        m.setattr(view.bench, "rank", rank)
+        m.setattr(view.bench, "compare", lambda group, tell: seen.append(group), raising=False)
+        view._points(None)
+    with view.held(): view.group = 48
+    assert seen == [48, 48]
+
+
+def test_a_file_chosen_from_code_comes_into_the_menu(view, tmp_path):
+    file = str(save_world_model(make("cup-catch"), tmp_path/"code.safetensors", origin="a test"))
+    view.agent = file
+    view.job.wait()
+    assert view.agent == view.agent_menu.value == file and file in view.agent_menu.options and "Error" not in view.message, view.message
+    view.agent = "nothing.pt"
+    assert view.agent == view.agent_menu.value == file and "There is no agent 'nothing.pt'" in view.message
+    view.agent = "student"
+    view.job.wait()
+    assert view.loaded[0] == view.agent_menu.value == "student"
