@@ -95,6 +95,16 @@ def test_explore_latents(lab, width, dark):
         idle(page, view)
         page.changes(figure(view), lambda: page.nudge(view, "episodes a task"))
         idle(page, view)
+        choose(view, "method", "UMAP")  # Long enough to be ended
+        stop = view.locator("button:has-text('Stop')")
+        stop.wait_for(state="visible", timeout=20_000)
+        stop.click()
+        view.locator("text=Stopped.").wait_for(timeout=40_000)
+        page.changes(figure(view), lambda: page.press(view, "Compute"), timeout=90)  # What was stopped, to its end
+        idle(page, view)
+        view.locator("text=UMAP of").first.wait_for(timeout=20_000)
+        choose(view, "method", "PCA")
+        idle(page, view)
         view.locator("input[placeholder*='path']").fill("nobody.safetensors")
         page.press(view, "Add")
         view.locator("text=There is no agent").wait_for(timeout=40_000)
