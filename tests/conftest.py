@@ -1,5 +1,5 @@
 """Fixtures and rules that all tests share."""
-import os
+import os, signal
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ def _has_gpu() -> bool:
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it and hand that down, and the tests interrupt
     config.addinivalue_line("markers", "slow: takes minutes; runs with TDMPC_SLOW=1 or CI=true")
     config.addinivalue_line("markers", "cuda: needs a GPU")
 

@@ -37,7 +37,7 @@ class Lab:
         (settings/"overrides.json").write_text(json.dumps({"@jupyterlab/apputils-extension:notification": dict(fetchNews="false", checkForUpdates=False),
             "@jupyterlab/notebook-extension:tracker": dict(windowingMode="none")}))  # Every output is on the page, in sight or not
         env = os.environ | dict(TDMPC_PRESET=os.environ.get("TDMPC_LAB_PRESET", "tiny"), PYTHONPATH=str(ROOT), JUPYTER_CONFIG_DIR=str(folder/"config"), JUPYTER_DATA_DIR=str(folder/"data"), JUPYTER_RUNTIME_DIR=str(folder/"runtime"),
-            JUPYTER_PREFER_ENV_PATH="1", OMP_NUM_THREADS="1")
+            JUPYTER_PREFER_ENV_PATH="1", OMP_NUM_THREADS="1", TDMPC_CACHE=str(folder/"cache"))
         self.log = (folder/"jupyter.log").open("w")
         self.server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}", f"--IdentityProvider.token={self.token}",
             f"--ServerApp.root_dir={self.work}", f"--LabApp.app_settings_dir={settings}", "--allow-root", "--ServerApp.port_retries=0"], env=env, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -76,6 +76,7 @@ class Lab:
             if c["cell_type"] == "code": c |= dict(outputs=[], execution_count=None)
         nb["metadata"]["kernelspec"] = dict(name="python3", display_name="Python 3 (ipykernel)", language="python")
         if change: change(nb)
+        shutil.rmtree(self.folder/"cache", ignore_errors=True)  # A map from the page before would come at once
         file = f"{name}-{width}{'-dark' if dark else ''}.ipynb"
         (self.work/file).write_text(json.dumps(nb), encoding="utf-8")
         theme = self.folder/"config"/"lab"/"user-settings"/"@jupyterlab"/"apputils-extension"
