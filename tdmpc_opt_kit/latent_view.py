@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'COLOURINGS', 'LOWEST', 'VIEW_PRESETS', 'TABS', 'looks', 'Points', 'map_figure', 'similarity_figure',
-           'cka_figure', 'probe_figure', 'error_figure', 'Camera', 'Fit', 'LatentView']
+           'cka_figure', 'probe_figure', 'error_figure', 'Camera', 'LatentView']
 
 # %% ../nbs/55_latent_view.ipynb #6e32cdb3
 import threading
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from html import escape
 from types import SimpleNamespace
 
-import anywidget
 import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
@@ -249,22 +248,6 @@ class Camera:
         _sets[e.task][1:] = e, decision
         return env.render(*self.size)
 
-# %% ../nbs/55_latent_view.ipynb #61a3d971
-class Fit(anywidget.AnyWidget):
-    "Has figures measure their boxes again whenever `tick` changes."
-    _esm = """
-    function render({ model, el }) {
-      el.style.display = "none";
-      const wrong = (p) => p._fullLayout && p.clientWidth && Math.abs(p._fullLayout.width - p.clientWidth) > 1;
-      const look = () => { if ([...document.querySelectorAll(".tdmpc-view .js-plotly-plot")].some(wrong)) window.dispatchEvent(new Event("resize")); };
-      const soon = () => [50, 400, 1200, 3000].forEach((ms) => setTimeout(look, ms));
-      model.on("change:tick", soon);
-      return () => model.off("change:tick", soon);
-    }
-    export default { render };
-    """
-    tick = Int(0).tag(sync=True)
-
 # %% ../nbs/55_latent_view.ipynb #b75748f6
 VIEW_PRESETS = dict(
     tiny=dict(max_steps=60, episodes=2, points=120, horizon=5, starts=40, resamples=50),
@@ -342,8 +325,7 @@ def _build(self:LatentView):
     traitlets.link((self, "actor"), (play, "value"))
     self.observe(lambda _: self._press(), "tasks")
     self._chips()
-    self.fit = Fit()
-    self.layout(controls(play, number("episodes", 1, 12, "episodes a task"), self.again, self.box.widget), self.chips, self.tabs, self.fit)
+    self.layout(controls(play, number("episodes", 1, 12, "episodes a task"), self.again, self.box.widget), self.chips, self.tabs)
 
 @patch
 def _chips(self:LatentView):
@@ -521,9 +503,7 @@ def update(self:LatentView, wait=False):
 
 @patch
 def _changed(self:LatentView, change):
-    if change["name"] == "tab":
-        self._repaint()
-        self.fit.tick += 1
+    if change["name"] == "tab": self._repaint()
     self.update()
 @patch
 @guarded
@@ -548,7 +528,6 @@ def draw_tab(self:LatentView, tab):
         self.shown[tab] = fig
         if self.figures[tab] is None: self._place(tab, fig)
         elif self.drawn[tab]: redraw(self.figures[tab], fig)
-        self.fit.tick += 1
         if tab == 0: self._listen()
 
 @patch

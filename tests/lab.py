@@ -207,6 +207,20 @@ class Page:
             const a = v.closest('.jp-OutputArea-output'); return [a.scrollWidth, a.clientWidth]; }).filter(([s, c]) => s > c + 2)""")
         assert not wide, f"{self.name}: views wider than their output (scrollWidth, clientWidth): {wide}"
 
+    def other_width(self, nth=0, timeout=20):
+        "The window becomes 1,900 pixels wide, or 1,000 where it was that: figures follow, nothing sticks out."
+        width, end = 1900 if self.page.viewport_size["width"] < 1500 else 1000, time.monotonic() + timeout
+        self.page.set_viewport_size(dict(width=width, height=self.page.viewport_size["height"]))
+        view = self.show(nth=nth)
+        while wrong := view.evaluate("""v => [...v.querySelectorAll('.js-plotly-plot')].filter(g => g.clientWidth && g._fullLayout && Math.abs(g._fullLayout.width - g.clientWidth) > 1)
+            .map(g => [g._fullLayout.width, g.clientWidth])"""):
+            if time.monotonic() > end: pytest.fail(f"{self.name} at {width}: figures and their places differ in width, {wrong}; see {self.shot('misfit')}")
+            time.sleep(0.2)
+        time.sleep(0.5)
+        self.fits()
+        view.evaluate("v => v.scrollIntoView()")
+        return self.shot(f"at-{width}")
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     lab = Lab(tmp_path_factory.mktemp("lab"))

@@ -69,5 +69,5 @@ def test_every_control(lab, width, dark):
         view.locator("input[placeholder*=checkpoint]").first.fill("nothing.pt")
         page.press(view, "Add")
         view.locator("text=There is no agent 'nothing.pt'").first.wait_for(timeout=10_000)
-        page.fits()
+        page.fits(); page.other_width()
         page.no_errors()

@@ -25,7 +25,7 @@ def until(what, seconds=30.):
 
 def fitting(view):
     "No figure is wider than what holds it."
-    return view.evaluate("v => [...v.querySelectorAll('.tdmpc-fit .js-plotly-plot')].every(p => { const b = p.closest('.tdmpc-fit'); return p.querySelector('.main-svg').getBoundingClientRect().width <= b.clientWidth + 2; })")
+    return view.evaluate("v => [...v.querySelectorAll('.js-plotly-plot')].every(p => p.querySelector('.main-svg').getBoundingClientRect().width <= p.parentElement.clientWidth + 2)")
 
 def drawn(view):
     "Every figure has curves; one that has none was lost on the way to the page."
@@ -97,4 +97,5 @@ def test_every_control(lab, width, dark):
         view.locator("text=There is no agent 'nothing.pt'").wait_for(timeout=10_000)
         path.fill(str(data_dir()/"teachers"/"walker-walk.safetensors")); page.press(view, "Add")
         view.locator("text=it knows 1 task").wait_for(timeout=10_000)
-        page.fits(); page.no_errors()
+        page.fits(); page.other_width()
+        page.no_errors()
