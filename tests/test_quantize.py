@@ -2,17 +2,19 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from tdmpc_opt_kit.checkpoint import load_world_model, read_card, save_world_model, write_safetensors
 from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.data import Batch
-from tdmpc_opt_kit.evaluate import evaluate
+from tdmpc_opt_kit.evaluate import data_dir, evaluate
 from tdmpc_opt_kit.planner import PLAN_PRESETS, plan_config
 from tdmpc_opt_kit.qtensor import QTensor, quantize_tensor, unpack
-from tdmpc_opt_kit.quantize import (SCHEMES, Float16Config, Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig, MixedConfig, StraightThrough, calibrate,
-    choose_bits, damage, finetune, outputs, plan_error, quantize_, sensitivity, weights_of)
+from tdmpc_opt_kit.quantize import (SCHEMES, Float16Config, Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig, LearnedRounding, MixedConfig, StraightThrough, calibrate,
+    choose_bits, damage, finetune, outputs, plan_error, preservation_losses, preserve, quantize_, sensitivity, weights_of)
+from tdmpc_opt_kit.tasks import task_set
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.world_model import WorldModel, model_size, policy_only, round_inputs_
 
@@ -203,3 +205,56 @@ def test_published_int8_against_ours(reference):
     quantize_(ours, Int8WeightOnlyConfig())
     meant = outputs(original, b)
     assert damage(outputs(theirs, b), meant) > 1 > 100 * damage(outputs(ours, b), meant) / 10
+
+
+def test_gradients_of_masters_and_scales_are_those_of_rounding(model):
+    "Straight through where nothing is clipped, and for scales what LSQ's formula says: as autograd finds them on a rounding written out."
+    m, b = copy.deepcopy(model), slices(16)
+    quantize_(m, Int4WeightOnlyConfig(group=16))
+    r = LearnedRounding(m, model)
+    r.put()
+    loss = lambda m: sum(preservation_losses(m, model, b.obs[0], b.action, b.task).values())
+    m.zero_grad(set_to_none=True)
+    loss(m).backward()
+    r.gradients()
+    for n, q in list(r.ints.items()):
+        w, s = r.master[n].detach().clone().requires_grad_(), r.log_scale[n].detach().clone().requires_grad_()
+        spread, most = s.exp().repeat_interleave(q.group, -1)[..., :w.shape[-1]], 7 if q.bits == 4 else 127
+        u = (w / spread).clamp(-most, most)
+        ((u + (u.round() - u).detach()) * spread * m.get_parameter(n).grad).sum().backward()
+        assert torch.allclose(r.master[n].grad, w.grad, atol=1e-7) and torch.allclose(r.log_scale[n].grad, s.grad, atol=1e-6), n
+        assert r.log_scale[n].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("scheme", [Int4WeightOnlyConfig(group=16), Int8WeightOnlyConfig()])
+def test_preserving_comes_closer_and_is_repeatable(model, tmp_path, scheme):
+    class Same:
+        def __init__(self): self.k = 0
+        def sample(self): self.k += 1; return slices(32, seed=self.k)
+    out, held_out = [], slices(64, seed=99)
+    meant = outputs(model, held_out)
+    for _ in range(2):
+        m = copy.deepcopy(model)
+        quantize_(m, scheme)
+        before = damage(outputs(m, held_out), meant)
+        log = preserve(m, model, Same(), 60, 1e-3, progress=False)
+        out.append(load_world_model(save_world_model(m, tmp_path / "m.safetensors", torch.float16, include_target=False)))
+        assert all(torch.equal(p, m.get_parameter(n)) for n, p in out[-1].named_parameters() if not n.startswith("target_"))
+        assert all(p.grad is None for p in m.parameters()) and m.training == model.training
+    assert log[-1]["step"] == 60 and set(log[0]) == {"step", "latent", "reward", "value", "policy"}
+    if isinstance(scheme, Int4WeightOnlyConfig): assert damage(outputs(m, held_out), meant) < 0.8 * before
+    assert all(torch.equal(p, q) for p, q in zip(out[0].parameters(), out[1].parameters()))
+    for kw, word in ((dict(steps=0), "steps must be"), (dict(weights=dict(rewards=1.)), "there is no rewards; there are latent")):
+        with pytest.raises(ConfigError, match=word): preserve(copy.deepcopy(m), model, Same(), **kw)
+    with pytest.raises(ConfigError, match="weights alone"): preserve(copy.deepcopy(model), model, Same())
+
+
+def test_preserving_counts_tasks_as_the_model_does():
+    "A model of one task gets MT30's numbers from a sampler and has none of its own."
+    single = load_world_model(data_dir()/"teachers"/"cup-catch.safetensors")
+    class Cup:
+        def sample(self): return slices(8)._replace(task=torch.full((8,), task_set("cup-catch")[0].index))
+    m = copy.deepcopy(single)
+    quantize_(m, Int4WeightOnlyConfig())
+    log = preserve(m, single, Cup(), 2, progress=False)
+    assert all(np.isfinite(v) for v in log[-1].values())
