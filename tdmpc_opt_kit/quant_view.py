@@ -870,7 +870,7 @@ def assess(self:QuantView):
     "What the present bits cost, and the figures that say so."
     with self.lock:
         self.now = self._bench().assess(self.bits, self.group)
-        self.draw("layers", "errors", "ranking", "histogram", "plane", "sizes")
+        self.draw("layers", "errors", "sizes", "ranking", "histogram", "plane")
 
 # %% ../nbs/56_quant_view.ipynb #4dba260f
 def headline(
