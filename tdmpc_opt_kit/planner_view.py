@@ -285,8 +285,8 @@ def samples_figure(
 
 # %% ../nbs/54_planner_view.ipynb #c5e784f3
 def _moved(d:Decision, h:int, ghost:Decision|None) -> list:
-    "Plan, action dimension, axis and numbers of each line."
-    return [(p, k, axis, what[:, h, k]) for k in range(d.action.shape[-1]) for p in (ghost, d) if p is not None and h < p.cfg.horizon for axis, what in (("x", p.mean), ("x2", p.std))]
+    "Pinned or not, action dimension, axis and numbers of each line; a plan is pinned beside itself at first."
+    return [(pinned, k, axis, what[:, h, k]) for k in range(d.action.shape[-1]) for pinned, p in ((True, ghost), (False, d)) if p is not None and h < p.cfg.horizon for axis, what in (("x", p.mean), ("x2", p.std))]
 
 def _moves_title(h:int) -> str: return f"Where it samples, imagined decision {h + 1}"
 
@@ -300,17 +300,17 @@ def moves_figure(
 ) -> go.Figure:
     "Mean and deviation by round."
     fig, names = make_subplots(1, 2, horizontal_spacing=0.12), _names(d, names)
-    fig.add_traces([go.Scatter(x=list(range(len(y))), y=y, xaxis=axis, yaxis=axis.replace("x", "y"), mode="lines+markers" if p is d else "lines", name=names[k], legendgroup=names[k], showlegend=p is d and axis == "x",
-        line=dict(color=series(k, dark), **(dict(width=2) if p is d else dict(width=1.5, dash="dot"))), opacity=1 if p is d else 0.8, marker_size=5, hovertemplate="after round %{x}: %{y:.3f}<extra>" + names[k] + (", pinned" if p is not d else "") + "</extra>")
-        for p, k, axis, y in _moved(d, h, ghost)])
+    fig.add_traces([go.Scatter(x=list(range(len(y))), y=y, xaxis=axis, yaxis=axis.replace("x", "y"), mode="lines" if pinned else "lines+markers", name=names[k], legendgroup=names[k], showlegend=not pinned and axis == "x",
+        line=dict(color=series(k, dark), **(dict(width=1.5, dash="dot") if pinned else dict(width=2))), opacity=0.8 if pinned else 1, marker_size=5, hovertemplate="after round %{x}: %{y:.3f}<extra>" + names[k] + ", pinned" * pinned + "</extra>")
+        for pinned, k, axis, y in _moved(d, h, ghost)])
     line = lambda axis, **at: dict(type="line", xref=f"x{axis}", yref=f"y{axis} domain", y0=0, y1=1, line=dict(color=INK[dark]["faint"], width=1.5)) | at
     themed(fig, _moves_title(h), _HEIGHTS["moves"], dark, shapes=[line("", x0=i + 1, x1=i + 1), line("2", x0=i + 1, x1=i + 1), line("2", xref="x2 domain", yref="y2", x0=0, x1=1, y0=d.cfg.min_std, y1=d.cfg.min_std, line=dict(color=INK[dark]["axis"], width=1.5, dash="dot"))])
     last = max(d.cfg.iterations, ghost.cfg.iterations if ghost else 0)
     fig.update_xaxes(title_text="round", range=[-0.2, last + 0.2], dtick=1 if last <= 8 else 2, title_standoff=4)
-    fig.update_yaxes(title_text="mean (action, −1 to 1)", range=[-1.08, 1.08], title_standoff=4, row=1, col=1)
+    fig.update_yaxes(title_text="mean (action, −1 to 1)", range=[-1.08, 1.08], title_standoff=4, title_font_size=12, row=1, col=1)
     low, high = min(p.cfg.min_std for p in (d, ghost) if p), max(p.cfg.max_std for p in (d, ghost) if p)
     ticks = [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low / 1.3 <= t <= high * 1.3]
-    fig.update_yaxes(title_text="deviation (action units)", type="log", range=[math.log10(low / 1.25), math.log10(high * 1.25)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], title_standoff=4, row=1, col=2)
+    fig.update_yaxes(title_text="deviation (action units)", type="log", range=[math.log10(low / 1.25), math.log10(high * 1.25)], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], title_standoff=4, title_font_size=12, row=1, col=2)
     return _below(fig, 96)
 
 # %% ../nbs/54_planner_view.ipynb #e479c191

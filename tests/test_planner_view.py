@@ -46,6 +46,8 @@ def test_every_width(anybody, task):
     fig = samples_figure(d, 1, 2)
     assert len({t.xaxis for t in fig.data}) == A
     assert all(a.title.text == f"action {k + 1} (−1 to 1)" for k, a in enumerate(fig.select_xaxes()) if k < A)
+    with_itself = moves_figure(d, 1, 2, ghost=d).data  # As it is when somebody has just pinned it
+    assert [(s.mode, s.line.dash, s.showlegend) for s in with_itself[:4]] == [("lines", "dot", False)] * 2 + [("lines+markers", None, True), ("lines+markers", None, False)] and len(with_itself) == 4 * A
     assert len(moves_figure(d, 1, 2).data) == 2 * A and len(horizon_figure(d, 2).data) == 3 * A
 
 def test_equals_the_planner(student):
