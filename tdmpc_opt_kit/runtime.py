@@ -108,6 +108,7 @@ class Agent:
         o = ort.SessionOptions()
         o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = self.threads, 1, 3
         o.add_session_config_entry("session.disable_quant_qdq", "1")
+        if self.mode == "plan": o.add_session_config_entry("session.force_spinning_stop", "1")  # Each graph has threads of its own, and those of one would wait for work on the cores that another one needs
         try: return ort.InferenceSession(str(self.folder/f"{name}.onnx"), o, providers=["CPUExecutionProvider"])
         except Exception as e: raise ArtifactError(f"{self.folder/name}.onnx: onnxruntime {ort.__version__} does not open it ({str(e)[:200]}). Copy the folder again, or update onnxruntime.") from None
 
