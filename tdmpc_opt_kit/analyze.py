@@ -412,7 +412,7 @@ def project(
     if len(Z) < 4: raise ConfigError(f"{len(Z)} points make no map; take more episodes or points.")
     if method != "PCA" and not 2 <= neighbours < len(Z) / 3: raise ConfigError(f"neighbours: {neighbours} is too many for {len(Z)} points, {method} wants fewer than a third of them; choose fewer neighbours or more episodes." if neighbours >= 2 else "neighbours: at least 2 are needed.")
     key = hashlib.sha256(repr((2, Z.shape, method, seed, neighbours if method != "PCA" else None, _version(method))).encode() + Z.tobytes()).hexdigest()[:24]
-    folder = None if cache is False else Path(cache or os.environ.get("TDMPC_CACHE") or repo_root()/"runs"/"cache")
+    folder = None if cache is False else Path(cache or os.environ.get("TDMPC_CACHE") or repo_root()/"runs"/"cache").expanduser()
     file = folder and folder/f"map-{key}.npz"
     if (got := _read(file, len(Z))) is not None: return Projection(*got, True, time.monotonic() - began)
     if method == "PCA":

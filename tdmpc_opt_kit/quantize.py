@@ -433,7 +433,7 @@ def preserve(
     seed:int=0,          # Of those actions
     progress:bool=True,
 ) -> list:               # The losses of some updates
-    "Quantization-aware distillation from the model itself: weights and scales are learned so that latents, rewards, values and policy are what they were."
+    "Quantization-aware distillation from the model itself: weights and scales are learned so that latents, rewards, values and policy are what they were. Raises `ConfigError` for a policy alone, frozen weights, slices of tasks that the model does not know, and numbers that are not finite."
     from tqdm import tqdm
     from tdmpc_opt_kit.terms import other_actions
     if int(steps) != steps or steps < 1: raise ConfigError(f"steps must be a whole number of at least 1, not {steps!r}.")
@@ -442,29 +442,34 @@ def preserve(
     w, ste, c, dev = PRESERVE | (weights or {}), LearnedRounding(model, original), model.cfg, next(model.parameters()).device
     own = None if model.tasks is None else torch.full((30,), -1).scatter(0, torch.tensor([s.index for s in task_set(list(model.tasks))]), torch.arange(len(model.tasks))).to(dev)
     rest = [p for n, p in model.named_parameters() if n not in ste.ints and not n.startswith("target_")]
-    learned = [*ste.master.values(), *rest, *ste.log_scale.values()]
+    learned, table, most = [*ste.master.values(), *rest, *ste.log_scale.values()], ste.master.get("task_emb.weight"), model.task_emb and model.task_emb.max_norm
+    if not all(p.requires_grad for n, p in model.named_parameters() if not n.startswith("target_")): raise ConfigError("The model's weights are frozen; call model.requires_grad_() before.")
     opt, generator, log = torch.optim.Adam(learned, lr, fused=dev.type in ("cpu", "cuda")), torch.Generator().manual_seed(seed), []
-    training = model.training
-    model.eval()
-    ste.put()
-    for k in tqdm(range(steps), desc="preserve", disable=not progress, mininterval=1.):
-        for g in opt.param_groups: g["lr"] = lr * min(1., 0.02 + 2 * (1 - k / steps))
-        b = sampler.sample()
-        task, action, obs = b.task if own is None else own[b.task], b.action[..., :c.action_dim], b.obs[0][..., :c.obs_dim]
-        elsewhere = torch.rand(1, len(task), 1, generator=generator).to(dev) < other
-        action = torch.where(elsewhere, other_actions(action, model.mask(task).expand(len(task), -1), generator), action)
-        with torch.enable_grad():
-            losses = preservation_losses(model, original, obs, action, task)
-            for p in model.parameters(): p.grad = None
-            sum(w[n] * x for n, x in losses.items()).backward()
-        ste.gradients()
-        torch.nn.utils.clip_grad_norm_(learned, 20.)
-        opt.step()
+    modes = {m: m.training for m in (model, original)}
+    for m in modes: m.eval()  # Without dropout, in what is said and in what is meant
+    try:
         ste.put()
-        if k % max(1, steps // 20) == 0 or k == steps - 1: log.append(dict(step=k + 1) | {n: float(v.detach()) for n, v in losses.items()})
-    for p in model.parameters(): p.grad = None
-    model.train(training)
-    _float_(model, torch.float16, model.quantized)
+        for k in tqdm(range(steps), desc="preserve", disable=not progress, mininterval=1.):
+            for g in opt.param_groups: g["lr"] = lr * min(1., 0.02 + 2 * (1 - k / steps))
+            b = sampler.sample()
+            task, action, obs = b.task if own is None else own[b.task], b.action[..., :c.action_dim], b.obs[0][..., :c.obs_dim]
+            if (task < 0).any(): raise ConfigError(f"The slices hold tasks that the model does not know; it knows {', '.join(model.tasks)}.")
+            elsewhere = torch.rand(1, len(task), 1, generator=generator).to(dev) < other
+            action = torch.where(elsewhere, other_actions(action, model.mask(task).expand(len(task), -1), generator), action)
+            with torch.enable_grad():
+                losses = preservation_losses(model, original, obs, action, task)
+                for p in model.parameters(): p.grad = None
+                sum(w[n] * x for n, x in losses.items()).backward()
+            ste.gradients()
+            if not torch.nn.utils.clip_grad_norm_(learned, 20.).isfinite(): raise ConfigError(f"The gradients of update {k + 1} are not finite: the slices hold NaN, or lr = {lr:g} is too high. The model is as the update before left it.")
+            opt.step()
+            if table is not None and most is not None: table.data.renorm_(2, 0, most)  # As the embedding does when it is asked, so that the master does not run away from it
+            ste.put()
+            if k % max(1, steps // 20) == 0 or k == steps - 1: log.append(dict(step=k + 1) | {n: float(v.detach()) for n, v in losses.items()})
+    finally:  # Stopped or not, what is left is a quantized model
+        for p in model.parameters(): p.grad = None
+        for m, mode in modes.items(): m.train(mode)
+        _float_(model, torch.float16, model.quantized)
     return log
 
 # %% ../nbs/30_quantize.ipynb #11b2198a

@@ -56,7 +56,7 @@ class Fit(anywidget.AnyWidget):
     _esm = """
     function render({ el }) {
       el.style.display = "none";
-      let view, timer, times = 0;
+      let view, begin, timer, times = 0;
       const wrong = (plot) => plot._fullLayout && plot.clientWidth && Math.abs(plot._fullLayout.width - plot.clientWidth) > 1;
       const fit = () => {
         timer = undefined;
@@ -64,7 +64,7 @@ class Fit(anywidget.AnyWidget):
         if (!view.isConnected || !plots.length) return;
         for (const plot of plots) delete plot.layout.width;
         window.dispatchEvent(new Event("resize"));
-        if (times++ < 20) timer = setTimeout(fit, 300);
+        if (times++ < 8) timer = setTimeout(fit, 300);
       };
       const soon = () => { times = 0; timer ??= setTimeout(fit, 60); };
       const sizes = new ResizeObserver(soon);
@@ -72,10 +72,13 @@ class Fit(anywidget.AnyWidget):
       const news = new MutationObserver((changes) => {
         for (const c of changes) for (const n of c.addedNodes) if (n instanceof HTMLElement) meet(n);
       });
-      const begin = setTimeout(() => {
+      const start = () => {
         view = el.closest(".tdmpc-view");
-        if (view) { meet(view); news.observe(view, { childList: true, subtree: true }); }
-      }, 0);
+        if (!view) { begin = setTimeout(start, 50); return; }
+        meet(view);
+        news.observe(view, { childList: true, subtree: true });
+      };
+      begin = setTimeout(start, 0);
       return () => { clearTimeout(begin); clearTimeout(timer); sizes.disconnect(); news.disconnect(); };
     }
     export default { render };

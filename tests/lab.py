@@ -201,23 +201,29 @@ class Page:
         bad = [e for e in self.errors if not HARMLESS.search(e)]
         assert not bad, f"{self.name}: the console says {bad[:5]}"
 
-    def fits(self):
-        "No view is wider than its cell's output."
-        wide = self.page.evaluate("""() => [...document.querySelectorAll('.tdmpc-view')].map(v => {
+    def too_wide(self) -> list:
+        "Views that are wider than their cell's output: (scrollWidth, clientWidth) of that."
+        return self.page.evaluate("""() => [...document.querySelectorAll('.tdmpc-view')].map(v => {
             const a = v.closest('.jp-OutputArea-output'); return [a.scrollWidth, a.clientWidth]; }).filter(([s, c]) => s > c + 2)""")
-        assert not wide, f"{self.name}: views wider than their output (scrollWidth, clientWidth): {wide}"
 
-    def other_width(self, nth=0, timeout=20):
-        "The window becomes 1,900 pixels wide, or 1,000 where it was that: figures follow, nothing sticks out."
-        width, end = 1900 if self.page.viewport_size["width"] < 1500 else 1000, time.monotonic() + timeout
-        self.page.set_viewport_size(dict(width=width, height=self.page.viewport_size["height"]))
-        view = self.show(nth=nth)
-        while wrong := view.evaluate("""v => [...v.querySelectorAll('.js-plotly-plot')].filter(g => g.clientWidth && g._fullLayout && Math.abs(g._fullLayout.width - g.clientWidth) > 1)
-            .map(g => [g._fullLayout.width, g.clientWidth])"""):
-            if time.monotonic() > end: pytest.fail(f"{self.name} at {width}: figures and their places differ in width, {wrong}; see {self.shot('misfit')}")
+    def fits(self, timeout=5):
+        "No view is wider than its cell's output, as soon as the page has come to rest."
+        end = time.monotonic() + timeout
+        while wide := self.too_wide():
+            assert time.monotonic() < end, f"{self.name}: views wider than their output (scrollWidth, clientWidth): {wide}"
             time.sleep(0.2)
-        time.sleep(0.5)
-        self.fits()
+
+    def other_width(self, nth=0, timeout=30):
+        "The window becomes 1,900 pixels wide, or 1,000 where it was that: figures follow, nothing sticks out."
+        view, width, end, good = self.show(nth=nth), 1900 if self.page.viewport_size["width"] < 1500 else 1000, time.monotonic() + timeout, 0
+        was = view.evaluate("v => v.clientWidth")
+        self.page.set_viewport_size(dict(width=width, height=self.page.viewport_size["height"]))
+        while good < 5:  # The page moves in several steps, and is right between two of them by chance
+            shown = view.evaluate("""v => [...v.querySelectorAll('.js-plotly-plot')].filter(g => g.clientWidth && g._fullLayout).map(g => [g._fullLayout.width, g.clientWidth])""")
+            said = dict(was=was, now=view.evaluate("v => v.clientWidth"), figures=shown, too_wide=self.too_wide())
+            good = good + 1 if said["now"] != was and shown and all(abs(a - b) <= 1 for a, b in shown) and not said["too_wide"] else 0
+            if time.monotonic() > end: pytest.fail(f"{self.name} at {width}: {said}; see {self.shot('misfit')}")
+            time.sleep(0.2)
         view.evaluate("v => v.scrollIntoView()")
         return self.shot(f"at-{width}")
 

@@ -250,11 +250,48 @@ def test_preserving_comes_closer_and_is_repeatable(model, tmp_path, scheme):
 
 
 def test_preserving_counts_tasks_as_the_model_does():
-    "A model of one task gets MT30's numbers from a sampler and has none of its own."
+    "A sampler has MT30's numbers, a model of two tasks its own, a model of one none; a task that the model does not know is said."
+    class Slices:
+        def __init__(self, task): self.task = task
+        def sample(self): return slices(8)._replace(task=torch.full((8,), task_set(self.task)[0].index))
+    two = make(tasks="walker-walk,cup-catch")
+    for task, own in (("walker-walk", 0), ("cup-catch", 1)):
+        own = list(two.tasks).index(task)
+        m = copy.deepcopy(two)
+        quantize_(m, Int4WeightOnlyConfig(group=16))
+        b = slices(8)
+        meant = preservation_losses(m, two, b.obs[0], b.action, torch.full((8,), own))
+        got = preserve(m, two, Slices(task), 1, other=0., progress=False)[0]
+        for n, v in meant.items(): assert got[n] == pytest.approx(float(v.detach()), rel=1e-4), n
+    with pytest.raises(ConfigError, match="tasks that the model does not know; it knows walker-walk, cup-catch"): preserve(m, two, Slices("hopper-hop"), 1, progress=False)
     single = load_world_model(data_dir()/"teachers"/"cup-catch.safetensors")
-    class Cup:
-        def sample(self): return slices(8)._replace(task=torch.full((8,), task_set("cup-catch")[0].index))
     m = copy.deepcopy(single)
     quantize_(m, Int4WeightOnlyConfig())
-    log = preserve(m, single, Cup(), 2, progress=False)
-    assert all(np.isfinite(v) for v in log[-1].values())
+    assert all(np.isfinite(v) for v in preserve(m, single, Slices("cup-catch"), 2, progress=False)[-1].values())
+    with pytest.raises(ConfigError, match="does not know"): preserve(m, single, Slices("walker-walk"), 1, progress=False)
+
+
+def test_preserving_leaves_a_model_whatever_happens(model):
+    "NaN ends it before the weights are touched; frozen weights are said; the original's dropout says nothing, and its mode comes back."
+    class Bad:
+        def __init__(self): self.k = 0
+        def sample(self):
+            self.k += 1
+            b = slices(8, seed=self.k)
+            return b if self.k < 3 else b._replace(obs=b.obs * float("nan"))
+    m = copy.deepcopy(model)
+    quantize_(m, Int4WeightOnlyConfig(group=16))
+    with pytest.raises(ConfigError, match="update 3 are not finite"): preserve(m, model, Bad(), 5, 1e-3, progress=False)
+    assert all(p.isfinite().all() and p.grad is None for p in m.parameters()) and all(torch.equal(q.dequantize(), m.get_parameter(n)) for n, q in m.quantized.items())
+    frozen = copy.deepcopy(m).requires_grad_(False)
+    with pytest.raises(ConfigError, match="frozen"): preserve(frozen, model, Bad(), 1, progress=False)
+    out = []
+    for seed in (0, 1):
+        original, m = copy.deepcopy(model).train(), copy.deepcopy(model)
+        original.q_heads[0].dropout = 0.5
+        quantize_(m, Int4WeightOnlyConfig(group=16))
+        torch.manual_seed(seed)
+        out.append(preserve(m, original, Bad(), 2, 1e-3, progress=False)[-1])
+        assert original.training
+    assert out[0] == out[1]
+    assert m.task_emb.weight.norm(dim=-1).max() <= 1 + 1e-3
