@@ -70,6 +70,7 @@ def test_quantization(lab, width, dark):
             page.choose(view, "acts by", "policy")
         page.nudge(view, "episodes", "ArrowRight")
         page.changes(returns, lambda: page.press(view, "Return"), timeout=90)
+        view.locator("td:has-text('student int4')").first.wait_for(timeout=90_000)  # The figure may move before: while something is played, no row of another group is taken
         page.show(".tdmpc-view .js-plotly-plot", 6)
         page.shot("returns")
         if dark:
