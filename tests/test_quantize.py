@@ -1,6 +1,8 @@
 """Quantization: every scheme covers every matrix, files hold what the bits imply and give the same model back, damage is named, and training goes through the rounding."""
 import copy
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tdmpc_opt_kit.evaluate import data_dir, evaluate
 from tdmpc_opt_kit.planner import PLAN_PRESETS, plan_config
 from tdmpc_opt_kit.qtensor import QTensor, quantize_tensor, unpack
 from tdmpc_opt_kit.quantize import (SCHEMES, Float16Config, Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig, LearnedRounding, MixedConfig, StraightThrough, calibrate,
-    choose_bits, damage, finetune, outputs, plan_error, preservation_losses, preserve, quantize_, sensitivity, weights_of)
+    FINE, choose_bits, coverage, damage, finetune, outputs, plan_error, preservation_losses, preserve, quantize_, sensitivity, weights_of)
 from tdmpc_opt_kit.tasks import task_set
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.world_model import WorldModel, model_size, policy_only, round_inputs_
@@ -295,3 +297,43 @@ def test_preserving_leaves_a_model_whatever_happens(model):
         assert original.training
     assert out[0] == out[1]
     assert m.task_emb.weight.norm(dim=-1).max() <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("scheme", [Int8WeightOnlyConfig(), Int4WeightOnlyConfig(group=16, eight=("encoder",))])
+def test_layers_of_more_bits_move_less(model, scheme):
+    "Adam's first move is as long as the rate, whatever the gradient."
+    class Slices:
+        def sample(self): return slices(16)
+    m = copy.deepcopy(model)
+    quantize_(m, scheme)
+    before = {n: p.detach().clone() for n, p in m.named_parameters()}
+    preserve(m, model, Slices(), 1, 0.1, progress=False)  # So far that float16 does not hide it
+    for n, p in m.named_parameters():
+        if n in m.quantized or n.startswith("target_"): continue
+        moved, most = (p.detach() - before[n]).abs().max(), 0.1 * (1. if isinstance(scheme, Int4WeightOnlyConfig) and not n.startswith("encoder") else FINE)
+        assert 0.5 * most < moved < 1.2 * most, (n, float(moved), most)
+
+
+def test_coverage_after_tuning_is_of_what_was_tuned(model):
+    class Slices:
+        def sample(self): return slices(16)
+    m = copy.deepcopy(model)
+    first = quantize_(m, Int4WeightOnlyConfig(group=16))
+    assert coverage(m, model) == first
+    preserve(m, model, Slices(), 3, 1e-2, progress=False)
+    after = coverage(m, model)
+    assert (after.scheme, after.nbytes, after.left) == (first.scheme, first.nbytes, first.left)
+    assert all(a["SQNR"] < f["SQNR"] for a, f in zip(after.rows, first.rows) if f["bits"] == 4)
+
+
+def test_a_resumed_run_says_how_its_files_were_tuned(tmp_path):
+    from processes import ROOT, run
+    def go(*args):
+        run([Path(sys.executable).parent/"papermill", "--no-progress-bar", "nbs/run_quantize.ipynb", tmp_path/"out.ipynb", "-p", "schemes", "int4,int4_tuned", "-p", "plan_schemes", "", "-p", "out_dir", tmp_path/"run", *args], TDMPC_PRESET="tiny", PYTHONPATH=str(ROOT), JUPYTER_PREFER_ENV_PATH="1").check()
+        return json.loads((tmp_path/"run"/"report.json").read_text())
+    first = go()
+    assert first["tuning"]["int4_tuned"]["by"] == "preserve" and first["tuning"]["int4_tuned"]["updates"] == 2 and first["tuning"]["int4_tuned"]["losses"]
+    assert first["schemes"]["int4_tuned"]["sqnr"] != first["schemes"]["int4"]["sqnr"]
+    (tmp_path/"run"/"report.json").unlink()
+    again = go("-p", "resume", "True")
+    assert again["tuning"] == first["tuning"] and again["schemes"]["int4_tuned"]["sqnr"] == first["schemes"]["int4_tuned"]["sqnr"]
