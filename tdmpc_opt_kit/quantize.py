@@ -71,7 +71,7 @@ class Int4WeightOnlyConfig:
 class MixedConfig:
     "Bits by layer, as `choose_bits` finds them."
     bits:Mapping=field(default_factory=dict) # Weight, as in "dynamics.1" -> 4, 8 or 16
-    group:int=48                             # Inputs that share a scale, of four bits
+    group:int=96                             # Inputs that share a scale, of four bits
 
 SCHEMES = dict(fp16=Float16Config(), bf16=BFloat16Config(), int8=Int8WeightOnlyConfig(), int8_dynamic=Int8DynamicConfig(), int8_static=Int8StaticConfig(), int4=Int4WeightOnlyConfig())
 _handlers = {}
@@ -273,7 +273,7 @@ def sensitivity(
     model:WorldModel, # In float32, not quantized
     batch,            # Slices of stored states
     bits=(8, 4),      # To try
-    group:int=48,     # Inputs that share a scale, of four bits
+    group:int=96,     # Inputs that share a scale, of four bits
 ) -> list:            # Dicts: layer, bits, numbers, bytes, damage
     "The damage that each layer alone does, with each number of bits."
     meant, m, out = outputs(model, batch), copy.deepcopy(model), []
@@ -298,7 +298,7 @@ def choose_bits(
     rest:int=0,         # Bytes of what is no weight matrix
     nbytes:int=None,    # Budget of the whole, or
     damage:float=None,  # of the damage
-    group:int=48,       # As in the table
+    group:int=96,       # As in the table
 ) -> Choice:
     "Bits for a size or for a damage; raises `ConfigError` if the budget cannot be met."
     if (nbytes is None) == (damage is None): raise ConfigError("Give a budget of bytes (nbytes) or of damage, one of them.")
