@@ -64,14 +64,14 @@ class Int8StaticConfig:
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig:
     "Weights in four bits with a scale for each group of inputs."
-    group:int=96                          # Inputs that share a scale
-    eight:tuple=("task_emb", "encoder", "q_heads.2", "pi_head.2") # Layers, or networks, that get eight bits, where observations come in and decisions go out: a tenth of the weights, and the ones that four would hurt most
+    group:int=48                                     # Inputs that share a scale
+    eight:tuple=("task_emb", "encoder", "pi_head.2") # Layers, or networks, that get eight bits, where observations come in and actions go out: a twentieth of the weights, and the ones that four would hurt most
 
 @dataclass(frozen=True)
 class MixedConfig:
     "Bits by layer, as `choose_bits` finds them."
     bits:Mapping=field(default_factory=dict) # Weight, as in "dynamics.1" -> 4, 8 or 16
-    group:int=96                             # Inputs that share a scale, of four bits
+    group:int=48                             # Inputs that share a scale, of four bits
 
 SCHEMES = dict(fp16=Float16Config(), bf16=BFloat16Config(), int8=Int8WeightOnlyConfig(), int8_dynamic=Int8DynamicConfig(), int8_static=Int8StaticConfig(), int4=Int4WeightOnlyConfig())
 _handlers = {}
@@ -273,7 +273,7 @@ def sensitivity(
     model:WorldModel, # In float32, not quantized
     batch,            # Slices of stored states
     bits=(8, 4),      # To try
-    group:int=96,     # Inputs that share a scale, of four bits
+    group:int=48,     # Inputs that share a scale, of four bits
 ) -> list:            # Dicts: layer, bits, numbers, bytes, damage
     "The damage that each layer alone does, with each number of bits."
     meant, m, out = outputs(model, batch), copy.deepcopy(model), []
@@ -298,7 +298,7 @@ def choose_bits(
     rest:int=0,         # Bytes of what is no weight matrix
     nbytes:int=None,    # Budget of the whole, or
     damage:float=None,  # of the damage
-    group:int=96,       # As in the table
+    group:int=48,       # As in the table
 ) -> Choice:
     "Bits for a size or for a damage; raises `ConfigError` if the budget cannot be met."
     if (nbytes is None) == (damage is None): raise ConfigError("Give a budget of bytes (nbytes) or of damage, one of them.")
@@ -407,8 +407,8 @@ class LearnedRounding:
             self.log_scale[n].grad = torch.nn.functional.pad(by_weight, (0, -by_weight.shape[-1] % q.group)).unflatten(-1, (-1, q.group)).sum(-1)
 
 # %% ../nbs/30_quantize.ipynb #5a7e0003
-PRESERVE = dict(latent=200., reward=1., value=5., policy=100.)  # Weights of the terms below, so that each counts
-FINE = 0.1  # Rate of layers with more than four bits: their steps are a sixteenth as wide, and a rate that moves four bits only shakes eight
+PRESERVE = dict(latent=200., reward=1., value=5., policy=300.)  # Weights of the terms below, so that each counts
+FINE = 0.1  # Of the rate, where no layer has four bits: steps of eight are a sixteenth as wide, and a rate that moves four only shakes them
 
 def preservation_losses(
     model:WorldModel,    # In training
@@ -436,7 +436,7 @@ def preserve(
     original:WorldModel, # What it was before
     sampler,             # Has `sample()`: slices with MT30's task numbers
     steps:int=1500,      # Updates
-    lr:float=3e-4,       # Adam's rate for layers of four bits, falling over the second half; `FINE` of it for layers of more bits
+    lr:float=3e-4,       # Adam's rate where there are four bits, falling over the second half; where there are not, `FINE` of it
     weights=None,        # Those that differ from `PRESERVE`
     other:float=0.5,     # Share of sequences with other actions than those taken
     seed:int=0,          # Of those actions
@@ -450,18 +450,17 @@ def preserve(
     if unknown := set(weights or {}) - set(PRESERVE): raise ConfigError(f"weights: there is no {', '.join(sorted(unknown))}; there are {', '.join(PRESERVE)}.")
     w, ste, c, dev = PRESERVE | (weights or {}), LearnedRounding(model, original), model.cfg, next(model.parameters()).device
     own = None if model.tasks is None else torch.full((30,), -1).scatter(0, torch.tensor([s.index for s in task_set(list(model.tasks))]), torch.arange(len(model.tasks))).to(dev)
-    rest = {n: p for n, p in model.named_parameters() if n not in ste.ints and not n.startswith("target_")}
-    fine = lambda n: (q := ste.ints.get(f"{n.removesuffix('.weight').removesuffix('.bias').removesuffix('.ln')}.weight")) is None or q.bits > 4
-    learned = [[p for d in (ste.master, rest, ste.log_scale) for n, p in d.items() if fine(n) == f] for f in (False, True)]
+    rest = [p for n, p in model.named_parameters() if n not in ste.ints and not n.startswith("target_")]
+    learned, rate = [*ste.master.values(), *rest, *ste.log_scale.values()], lr * (1. if any(q.bits == 4 for q in ste.ints.values()) else FINE)
     table, most = ste.master.get("task_emb.weight"), model.task_emb and model.task_emb.max_norm
     if not all(p.requires_grad for n, p in model.named_parameters() if not n.startswith("target_")): raise ConfigError("The model's weights are frozen; call model.requires_grad_() before.")
-    opt, generator, log = torch.optim.Adam([dict(params=p, base=lr * r) for p, r in zip(learned, (1., FINE)) if p], lr, fused=dev.type in ("cpu", "cuda")), torch.Generator().manual_seed(seed), []
+    opt, generator, log = torch.optim.Adam(learned, rate, fused=dev.type in ("cpu", "cuda")), torch.Generator().manual_seed(seed), []
     modes = {m: m.training for m in (model, original)}
     for m in modes: m.eval()  # Without dropout, in what is said and in what is meant
     try:
         ste.put()
         for k in tqdm(range(steps), desc="preserve", disable=not progress, mininterval=1.):
-            for g in opt.param_groups: g["lr"] = g["base"] * min(1., 0.02 + 2 * (1 - k / steps))
+            for g in opt.param_groups: g["lr"] = rate * min(1., 0.02 + 2 * (1 - k / steps))
             b = sampler.sample()
             task, action, obs = b.task if own is None else own[b.task], b.action[..., :c.action_dim], b.obs[0][..., :c.obs_dim]
             if (task < 0).any(): raise ConfigError(f"The slices hold tasks that the model does not know; it knows {', '.join(model.tasks)}.")
@@ -472,7 +471,7 @@ def preserve(
                 for p in model.parameters(): p.grad = None
                 sum(w[n] * x for n, x in losses.items()).backward()
             ste.gradients()
-            if not torch.nn.utils.clip_grad_norm_(sum(learned, []), 20.).isfinite(): raise ConfigError(f"The gradients of update {k + 1} are not finite: the slices hold NaN, or lr = {lr:g} is too high. The model is as the update before left it.")
+            if not torch.nn.utils.clip_grad_norm_(learned, 20.).isfinite(): raise ConfigError(f"The gradients of update {k + 1} are not finite: the slices hold NaN, or lr = {lr:g} is too high. The model is as the update before left it.")
             opt.step()
             if table is not None and most is not None: table.data.renorm_(2, 0, most)  # As the embedding does when it is asked, so that the master does not run away from it
             ste.put()
