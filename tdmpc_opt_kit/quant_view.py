@@ -82,7 +82,7 @@ class Rounded(NamedTuple):
 def round_all(
     model:WorldModel, # In float32, not quantized; stays as it is
     bits:int,         # 4, 8 or 16
-    group:int=48,     # Inputs that share a scale, of four bits
+    group:int=96,     # Inputs that share a scale, of four bits
 ) -> Rounded:
     "What `quantize_` makes of every tensor."
     m = copy.deepcopy(model)
@@ -136,7 +136,7 @@ class Workbench:
             for n, x in self.at(16).tensors.items(): self.mixed.get_parameter(n).copy_(x)
         if batch is not None: self.look(batch)
 
-    def at(self, bits:int, group:int=48) -> Rounded:
+    def at(self, bits:int, group:int=96) -> Rounded:
         "All layers with these bits; rounded when they are wanted first."
         key = bits, group if bits == 4 else None
         if key not in self.known: self.known[key] = round_all(self.model, bits, group)
@@ -147,7 +147,7 @@ class Workbench:
         self.batch, self.meant, self.table = batch, outputs(self.model, batch), {}
         return self
 
-    def weight(self, layer:str, bits:int, group:int=48):
+    def weight(self, layer:str, bits:int, group:int=96):
         "A layer's `QTensor`, or its weights in float16."
         return self.at(bits, group).tensors[f"{layer}.weight"]
 
@@ -158,7 +158,7 @@ def _values(x) -> Tensor: return x.dequantize() if isinstance(x, QTensor) else x
 @torch.no_grad()
 def assess(self:Workbench,
     bits,            # Layer -> 4, 8 or 16; what is not named has 16
-    group:int=48,    # Inputs that share a scale, of four bits
+    group:int=96,    # Inputs that share a scale, of four bits
 ) -> Assessment:
     "Bytes, ratios and errors of an assignment; raises `ConfigError` for layers and bits that do not exist."
     for l, b in bits.items():
@@ -180,7 +180,7 @@ def assess(self:Workbench,
 @patch
 @torch.no_grad()
 def rank(self:Workbench,
-    group:int=48, # Inputs that share a scale, of four bits
+    group:int=96, # Inputs that share a scale, of four bits
     tell=None,    # Called with (done, total, text)
 ) -> list:        # As `sensitivity`: dicts with layer, bits, numbers, bytes, damage
     "The damage that each layer does alone; raises `ConfigError` without states."
@@ -217,7 +217,7 @@ def preset_bits(
 @patch
 def mixed_bits(self:Workbench,
     nbytes:int,    # Of the whole model
-    group:int=48,  # Inputs that share a scale, of four bits
+    group:int=96,  # Inputs that share a scale, of four bits
 ) -> dict:         # Layer -> bits
     "The bits that `choose_bits` gives for a size; raises `ConfigError` if it is too small."
     rest = sum(r["bytes"] for n, r in self.at(16).rows.items() if n.removesuffix(".weight") not in self.layers)
@@ -225,7 +225,7 @@ def mixed_bits(self:Workbench,
 
 @patch
 def compare(self:Workbench,
-    group:int=48,   # Inputs that share a scale, of four bits
+    group:int=96,   # Inputs that share a scale, of four bits
     budgets:int=12, # Sizes to choose bits for, between all 4 and all 8
     tell=None,      # Called with (done, total, text)
 ) -> tuple:         # Name -> `Assessment` for the presets, and a list of them for the budgets
@@ -538,7 +538,7 @@ _css = """<style>.tdmpc-view .widget-toggle-buttons { display: flex; flex-flow: 
 class QuantView(View):
     "Bits of each layer by hand, and what becomes of the model."
     agent, which, preset, layer = Unicode("student"), Unicode(""), Unicode("int8"), Unicode("")
-    bits, group, budget = Dict(), Int(48), Int(1000)  # Layer -> 4, 8 or 16; inputs that share a scale; kB for the preset "mixed"
+    bits, group, budget = Dict(), Int(96), Int(1000)  # Layer -> 4, 8 or 16; inputs that share a scale; kB for the preset "mixed"
     units, log, error = Unicode("weights"), Bool(True), Unicode("policy's action")
     mode, episodes = Unicode("policy"), Int(2)
     def __init__(self,
@@ -585,7 +585,7 @@ def _controls(self:QuantView):
     self.again = W.Button(description="Measure anew", icon="refresh", tooltip="Collect states again and measure every layer", layout=narrow("134px"))
     self.presets = W.ToggleButtons(options=[*PRESETS, "mixed"], value="int8", description="preset", style=dict(button_width="66px", description_width="44px"), layout=W.Layout(width="auto"))
     self.budget_slider = W.IntSlider(1000, 1, 2000, description="budget, kB", continuous_update=True, layout=narrow("320px"), style=dict(description_width="76px"))
-    self.group_slider = W.SelectionSlider(options=GROUPS, value=48, description="group, 4 bits", continuous_update=False, layout=narrow("260px"), style=dict(description_width="90px"))
+    self.group_slider = W.SelectionSlider(options=GROUPS, value=96, description="group, 4 bits", continuous_update=False, layout=narrow("260px"), style=dict(description_width="90px"))
     self.sliders, self.grid = {}, W.Box(layout=W.Layout(display="flex", flex_flow="row wrap", grid_gap="6px", width="100%"))
     self.layer_menu = W.Dropdown(description="layer", options=[], layout=narrow("220px"), style=dict(description_width="44px"))
     self.units_menu = W.ToggleButtons(options=UNITS, description="weights in", style=dict(button_width="92px", description_width="74px"), layout=W.Layout(width="auto"))

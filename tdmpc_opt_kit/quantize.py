@@ -64,14 +64,14 @@ class Int8StaticConfig:
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig:
     "Weights in four bits with a scale for each group of inputs."
-    group:int=48                                     # Inputs that share a scale
-    eight:tuple=("task_emb", "encoder", "pi_head.2") # Layers, or networks, that get eight bits, where observations come in and actions go out: a twentieth of the weights, and the ones that four would hurt most
+    group:int=96                          # Inputs that share a scale
+    eight:tuple=("task_emb", "encoder", "q_heads.2", "pi_head.2") # Layers, or networks, that get eight bits: a tenth of the weights, which four would hurt much
 
 @dataclass(frozen=True)
 class MixedConfig:
     "Bits by layer, as `choose_bits` finds them."
     bits:Mapping=field(default_factory=dict) # Weight, as in "dynamics.1" -> 4, 8 or 16
-    group:int=48                             # Inputs that share a scale, of four bits
+    group:int=96                             # Inputs that share a scale, of four bits
 
 SCHEMES = dict(fp16=Float16Config(), bf16=BFloat16Config(), int8=Int8WeightOnlyConfig(), int8_dynamic=Int8DynamicConfig(), int8_static=Int8StaticConfig(), int4=Int4WeightOnlyConfig())
 _handlers = {}
@@ -138,7 +138,7 @@ def _known(model, where:str, chosen):
     "Raise `ConfigError` for exceptions that do not exist; a model of one task has no embedding and a policy alone no Q heads, and both may be told about them all the same."
     layers = [n.removesuffix(".weight") for n in weights_of(model)]
     for e in chosen:
-        if e == "task_emb" or not model.imagines and e.split(".")[0] in ("dynamics", "reward_head", "q_heads"): continue
+        if e == "task_emb" or not model.imagines and e in ("q_heads", *(f"q_heads.{k}" for k in range(3))): continue
         if not any(_among(n, [e]) for n in layers): raise ConfigError(f"{where}: there is no layer {e!r}; there are {', '.join(layers)}.{nearest(e, layers)}")
 
 def _rounding(model, c) -> list:
@@ -240,8 +240,10 @@ def coverage(
     model:WorldModel, # Quantized
     original,         # The model before, or its parameters by name
 ) -> Coverage:
-    "What is in how many bits, and the signal-to-noise ratio of each tensor (dB) against the original."
+    "What is in how many bits, and the signal-to-noise ratio of each tensor (dB) against the original. Raises `ConfigError` for a model without a scheme, or of other tensors than the original."
     before, rows = original if isinstance(original, Mapping) else {n: p.detach() for n, p in _shipped(original).items()}, []
+    if not model.scheme: raise ConfigError("The model says of no scheme that it was quantized with; what quantize_ was not given, or was stored in 16 bits alone, has no coverage.")
+    if odd := [n for n in before.keys() ^ _shipped(model).keys()] or [n for n, w in before.items() if model.get_parameter(n).shape != w.shape]: raise ConfigError(f"The original has other tensors than the model: {', '.join(sorted(odd)[:3])}.")
     for n, w in before.items():
         q = model.quantized.get(n)
         rows.append(dict(tensor=n, numbers=w.numel(), bits=q.bits if q else 16, group=q.group if q else None, bytes=q.nbytes if q else 2 * w.numel(), SQNR=sqnr(w, model.get_parameter(n))))
@@ -273,7 +275,7 @@ def sensitivity(
     model:WorldModel, # In float32, not quantized
     batch,            # Slices of stored states
     bits=(8, 4),      # To try
-    group:int=48,     # Inputs that share a scale, of four bits
+    group:int=96,     # Inputs that share a scale, of four bits
 ) -> list:            # Dicts: layer, bits, numbers, bytes, damage
     "The damage that each layer alone does, with each number of bits."
     meant, m, out = outputs(model, batch), copy.deepcopy(model), []
@@ -298,7 +300,7 @@ def choose_bits(
     rest:int=0,         # Bytes of what is no weight matrix
     nbytes:int=None,    # Budget of the whole, or
     damage:float=None,  # of the damage
-    group:int=48,       # As in the table
+    group:int=96,       # As in the table
 ) -> Choice:
     "Bits for a size or for a damage; raises `ConfigError` if the budget cannot be met."
     if (nbytes is None) == (damage is None): raise ConfigError("Give a budget of bytes (nbytes) or of damage, one of them.")
@@ -408,7 +410,7 @@ class LearnedRounding:
 
 # %% ../nbs/30_quantize.ipynb #5a7e0003
 PRESERVE = dict(latent=200., reward=1., value=5., policy=300.)  # Weights of the terms below, so that each counts
-FINE = 0.1  # Of the rate, where no layer has four bits: steps of eight are a sixteenth as wide, and a rate that moves four only shakes them
+FINE = 0.1  # Of the rate of `preserve`, where no layer has four bits: steps of eight are an eighteenth as wide for the same range, and a rate that moves four only shakes them
 
 def preservation_losses(
     model:WorldModel,    # In training
@@ -471,7 +473,7 @@ def preserve(
                 for p in model.parameters(): p.grad = None
                 sum(w[n] * x for n, x in losses.items()).backward()
             ste.gradients()
-            if not torch.nn.utils.clip_grad_norm_(learned, 20.).isfinite(): raise ConfigError(f"The gradients of update {k + 1} are not finite: the slices hold NaN, or lr = {lr:g} is too high. The model is as the update before left it.")
+            if not torch.nn.utils.clip_grad_norm_(learned, 20.).isfinite(): raise ConfigError(f"The gradients of update {k + 1} are not finite: the slices hold NaN, or the rate ({rate:g}) is too high. The model is as the update before left it.")
             opt.step()
             if table is not None and most is not None: table.data.renorm_(2, 0, most)  # As the embedding does when it is asked, so that the master does not run away from it
             ste.put()
@@ -514,7 +516,7 @@ class QuantizeConfig:
     teacher:str=None            # Who teaches while tuning, see `load_teachers`; None: the agent itself, before it was quantized (`preserve`)
     tune_steps:int=1500         # Updates of quantization-aware distillation
     batch_size:int=128          # Slices of them
-    lr:float=3e-4               # Adam's rate for them
+    lr:float=3e-4               # Adam's rate for them; `preserve` takes a tenth of it where no layer has four bits
     mixed_bytes:int=1_000_000   # Budget of the scheme "mixed"
     episodes:int=10             # Episodes a task, policy alone
     eval_planning:str="none"    # Planning on "all", "none", a number of tasks, or their names

@@ -205,7 +205,7 @@ def test_group_of_four_bits(view):
     assert view.compared[0]["all 4"].nbytes == view.now.nbytes
     view.group = 17
     assert view.message.startswith("group: 17") and view.group == 16 == view.group_slider.value
-    view.group = 48
+    view.group = 96
     view.job.wait()
     assert view.now.nbytes == before.nbytes
 
@@ -385,7 +385,7 @@ def test_group_stays_while_something_is_computed(view, monkeypatch):
         assert view.group == 16 == view.group_slider.value and view.recall.value == 0 and view.message.startswith("bits of row:")
     view.recall.value = row  # And again, when it is done
     view.job.wait()
-    assert view.group == 48 == view.now.group
+    assert view.group == 96 == view.now.group
     seen = []
     def rank(group, tell):
         seen.append(group)
@@ -394,8 +394,8 @@ def test_group_stays_while_something_is_computed(view, monkeypatch):
         m.setattr(view.bench, "rank", rank)
         m.setattr(view.bench, "compare", lambda group, tell: seen.append(group), raising=False)
         view._points(None)
-    with view.held(): view.group = 48
-    assert seen == [48, 48]
+    with view.held(): view.group = 96
+    assert seen == [96, 96]
 
 
 def test_a_file_chosen_from_code_comes_into_the_menu(view, tmp_path):

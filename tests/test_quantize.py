@@ -13,9 +13,9 @@ from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.data import Batch
 from tdmpc_opt_kit.evaluate import data_dir, evaluate
 from tdmpc_opt_kit.planner import PLAN_PRESETS, plan_config
-from tdmpc_opt_kit.qtensor import QTensor, quantize_tensor, unpack
+from tdmpc_opt_kit.qtensor import QTensor, quantize_tensor, sqnr, unpack
 from tdmpc_opt_kit.quantize import (SCHEMES, Float16Config, Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig, LearnedRounding, MixedConfig, StraightThrough, calibrate,
-    FINE, choose_bits, coverage, damage, finetune, outputs, plan_error, preservation_losses, preserve, quantize_, sensitivity, weights_of)
+    choose_bits, coverage, damage, finetune, outputs, plan_error, preservation_losses, preserve, quantize_, sensitivity, weights_of)
 from tdmpc_opt_kit.tasks import task_set
 from tdmpc_opt_kit.train import Learner, TrainConfig
 from tdmpc_opt_kit.world_model import WorldModel, model_size, policy_only, round_inputs_
@@ -244,7 +244,7 @@ def test_preserving_comes_closer_and_is_repeatable(model, tmp_path, scheme):
         assert all(torch.equal(p, m.get_parameter(n)) for n, p in out[-1].named_parameters() if not n.startswith("target_"))
         assert all(p.grad is None for p in m.parameters()) and m.training == model.training
     assert log[-1]["step"] == 120 and set(log[0]) == {"step", "latent", "reward", "value", "policy"}
-    if isinstance(scheme, Int4WeightOnlyConfig): assert damage(outputs(m, held_out), meant) < 0.8 * before
+    assert damage(outputs(m, held_out), meant) < 0.8 * before  # Here 0.57 with four bits, 0.60 with eight, which the full rate would make five times as much
     assert all(torch.equal(p, q) for p, q in zip(out[0].parameters(), out[1].parameters()))
     for kw, word in ((dict(steps=0), "steps must be"), (dict(weights=dict(rewards=1.)), "there is no rewards; there are latent")):
         with pytest.raises(ConfigError, match=word): preserve(copy.deepcopy(m), model, Same(), **kw)
@@ -310,7 +310,7 @@ def test_without_four_bits_the_rate_is_a_tenth(model, scheme):
     preserve(m, model, Slices(), 1, 0.1, progress=False)  # So far that float16 does not hide it
     for n, p in m.named_parameters():
         if n in m.quantized or n.startswith("target_"): continue
-        moved, most = (p.detach() - before[n]).abs().max(), 0.1 * (1. if isinstance(scheme, Int4WeightOnlyConfig) else FINE)
+        moved, most = (p.detach() - before[n]).abs().max(), 0.1 * (1. if isinstance(scheme, Int4WeightOnlyConfig) else 0.1)
         assert 0.5 * most < moved < 1.2 * most, (n, float(moved), most)
 
 
@@ -319,11 +319,13 @@ def test_coverage_after_tuning_is_of_what_was_tuned(model):
         def sample(self): return slices(16)
     m = copy.deepcopy(model)
     first = quantize_(m, Int4WeightOnlyConfig(group=16))
-    assert coverage(m, model) == first
+    assert first.rows == coverage(m, model).rows and [r["SQNR"] for r in first.rows] == [sqnr(p, m.get_parameter(n)) for n, p in model.named_parameters() if not n.startswith("target_")]
     preserve(m, model, Slices(), 3, 1e-2, progress=False)
     after = coverage(m, model)
     assert (after.scheme, after.nbytes, after.left) == (first.scheme, first.nbytes, first.left)
     assert all(a["SQNR"] < f["SQNR"] for a, f in zip(after.rows, first.rows) if f["bits"] == 4)
+    for a, b, word in ((model, model, "no scheme"), (policy_only(m), model, "other tensors than the model: dynamics.0.bias"), (m, make("0.2M"), "other tensors")):
+        with pytest.raises(ConfigError, match=word): coverage(a, b)
 
 
 def test_a_resumed_run_says_how_its_files_were_tuned(tmp_path):
@@ -334,6 +336,15 @@ def test_a_resumed_run_says_how_its_files_were_tuned(tmp_path):
     first = go()
     assert first["tuning"]["int4_tuned"]["by"] == "preserve" and first["tuning"]["int4_tuned"]["updates"] == 2 and first["tuning"]["int4_tuned"]["losses"]
     assert first["schemes"]["int4_tuned"]["sqnr"] != first["schemes"]["int4"]["sqnr"]
-    (tmp_path/"run"/"report.json").unlink()
+    assert first["tuning"]["int4_tuned"]["lr"] == 3e-4 and first["tuning"]["int4_tuned"]["weights"]["value"] == 5
+    log, file = tmp_path/"run"/"tuning-int4_tuned.json", tmp_path/"run"/"int4_tuned.safetensors"
+    log.write_text(json.dumps(first["tuning"]["int4_tuned"] | dict(marked=True)))
     again = go("-p", "resume", "True")
-    assert again["tuning"] == first["tuning"] and again["schemes"]["int4_tuned"]["sqnr"] == first["schemes"]["int4_tuned"]["sqnr"]
+    assert again["tuning"]["int4_tuned"]["marked"] and again["schemes"]["int4_tuned"]["sqnr"] == first["schemes"]["int4_tuned"]["sqnr"]
+    log.unlink()
+    m = load_world_model(file)
+    m.scheme = m.scheme | dict(group=7)
+    save_world_model(m, file, torch.float16, include_target=False)
+    before = file.read_bytes()
+    with pytest.raises(AssertionError, match="another version of the library began this run"): go("-p", "resume", "True")
+    assert file.read_bytes() == before
