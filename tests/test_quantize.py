@@ -239,12 +239,12 @@ def test_preserving_comes_closer_and_is_repeatable(model, tmp_path, scheme):
         m = copy.deepcopy(model)
         quantize_(m, scheme)
         before = damage(outputs(m, held_out), meant)
-        log = preserve(m, model, Same(), 120, 1e-3, progress=False)
+        log = preserve(m, model, Same(), 120, 3e-4 if isinstance(scheme, Int4WeightOnlyConfig) else 1e-3, progress=False)
         out.append(load_world_model(save_world_model(m, tmp_path / "m.safetensors", torch.float16, include_target=False)))
         assert all(torch.equal(p, m.get_parameter(n)) for n, p in out[-1].named_parameters() if not n.startswith("target_"))
         assert all(p.grad is None for p in m.parameters()) and m.training == model.training
     assert log[-1]["step"] == 120 and set(log[0]) == {"step", "latent", "reward", "value", "policy"}
-    assert damage(outputs(m, held_out), meant) < 0.8 * before  # Here 0.57 with four bits, 0.60 with eight, which the full rate would make five times as much
+    assert damage(outputs(m, held_out), meant) < 0.8 * before  # Here 0.50 with four bits, 0.60 with eight, which the full rate would make five times as much
     assert all(torch.equal(p, q) for p, q in zip(out[0].parameters(), out[1].parameters()))
     for kw, word in ((dict(steps=0), "steps must be"), (dict(weights=dict(rewards=1.)), "there is no rewards; there are latent")):
         with pytest.raises(ConfigError, match=word): preserve(copy.deepcopy(m), model, Same(), **kw)
