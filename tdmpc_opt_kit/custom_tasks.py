@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['inf', 'BackwardsWalker', 'BackwardsCheetah', 'OneFootCheetah', 'JumpingCheetah', 'BackwardsHopper',
-           'SpinningPendulum', 'SpinningCup', 'build_custom']
+           'SpinningPendulum', 'SpinningCup', 'build_custom', 'model_source']
 
 # %% ../nbs/02_custom_tasks.ipynb #b4cad173
+import importlib
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -152,3 +153,12 @@ def build_custom(
     physics = domain.Physics.from_xml_string(*model())
     return control.Environment(physics, make(random=seed), time_limit=domain._DEFAULT_TIME_LIMIT,
                                control_timestep=getattr(domain, "_CONTROL_TIMESTEP", None))
+
+# %% ../nbs/02_custom_tasks.ipynb #b2c40002
+def model_source(
+    task:TaskSpec, # Any of the thirty
+) -> tuple:        # XML string, and the files that it names as a dict
+    "The MuJoCo model of a task before it is compiled."
+    if task.custom: xml, assets = _custom[task.name][1]()
+    else: xml, assets = importlib.import_module(f"dm_control.suite.{task.domain}").get_model_and_assets()
+    return xml.decode() if isinstance(xml, bytes) else xml, assets

@@ -701,6 +701,7 @@ def roll(
     n, task, clock = envs.num_envs, torch.as_tensor(np.asarray(envs.task)).long(), {} if clock is None else clock
     obs, action, reward = (np.full((n, max_steps + 1, *w), np.nan, np.float32) for w in ((MAX_OBS,), (MAX_ACTION,), ()))
     now = np.array(envs.reset(), np.float32)
+    if hasattr(agent, "watch"): agent.watch(envs)
     obs[:, 0], active, rows, first = now, np.ones(n, bool), np.ones(n, int), torch.ones(n, dtype=torch.bool)
     parts = getattr(envs, "parts", None) or [slice(0, n)]
     several, under_way = len(parts) > 1, [None] * len(parts)
