@@ -7,7 +7,7 @@ __all__ = ['inf', 'PROBES', 'tolerance', 'faster', 'States', 'TaskPhysics', 'Phy
            'plan_physics', 'PhysicsAgent']
 
 # %% ../nbs/04_physics.ipynb #a40002
-import copy
+import copy, logging
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
@@ -254,8 +254,12 @@ def _model(spec) -> mujoco.MjModel: # With the sensors of `PROBES`
     if sensors is None: sensors = ET.SubElement(root, "sensor")
     for kind, objtype, name in PROBES[spec.domain]:
         ET.SubElement(sensors, kind, name=f"{kind}_{name}", objtype=objtype, objname=name)
-    xml = ET.tostring(root, encoding="unicode")
-    return mujoco.MjModel.from_xml_string(small_textures(xml), {k: small_textures(v).encode() for k, v in assets.items()})
+    xml, files = small_textures(ET.tostring(root)), {k: small_textures(v).encode() for k, v in assets.items()}
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # The suite's models use attributes that MuJoCo would rather do without
+    try: return mujoco.MjModel.from_xml_string(xml, files)
+    finally: log.setLevel(level)
 
 _LIKE = ("geom_pos", "geom_size", "site_pos", "site_size", "dof_damping") # What tasks change when an episode starts
 _FORCES = mujoco.mjtStage.mjSTAGE_ACC
@@ -318,7 +322,7 @@ def roll(self:TaskPhysics,
     action,      # Decisions in [-1, 1] `[N, T, A]`
     hint=False,  # Hints too?
 ) -> tuple:      # obs `[N, T, O]`, reward `[N, T]`, snapshots that follow (without warm start) `[N, T, SNAPSHOT]`, and hints `[N, T]` if wanted
-    "Make T decisions from N states; the physics of dm_control's `env.step`, to the last bits."
+    "Make T decisions from N states, as dm_control's `env.step` does; NaN from where a simulation diverges."
     (N, T, A), n, m = action.shape, self.substeps, self.model
     snapshot = np.broadcast_to(np.atleast_2d(snapshot), (N, SNAPSHOT))
     state, warm, target = self.split(snapshot)
@@ -331,12 +335,16 @@ def roll(self:TaskPhysics,
     q = states[:, at - 1]
     s = States(q[..., 1:1 + m.nq], q[..., 1 + m.nq:], np.repeat(ctrl, ACTION_REPEAT, 1), sensors[:, at], sensors[:, at - 1],
                self.places, self.sizes)
+    lost = abs(q[..., 0] - state[:, :1] - at * m.opt.timestep) > 1e-6  # MuJoCo starts again where a state is no number any more
+    lost = np.logical_or.accumulate(lost, 1).reshape(N, T, ACTION_REPEAT).any(-1)
     both = lambda f: f(s, self.spec.task).reshape(N, T, ACTION_REPEAT).sum(-1)
     after = np.zeros((N, T, SNAPSHOT))
     after[..., :q.shape[-1]], after[..., q.shape[-1] + m.nv:] = q[:, 1::2], snapshot[:, None, q.shape[-1] + m.nv:]
     seen = _OBSERVE[self.spec.domain](_last(s), self.spec.task)
-    out = seen, both(_REWARD[self.spec.domain]), after
-    return (*out, both(_HINT.get(self.spec.domain, _REWARD[self.spec.domain]))) if hint else out
+    out = [seen, both(_REWARD[self.spec.domain]), after]
+    if hint: out.append(both(_HINT.get(self.spec.domain, _REWARD[self.spec.domain])))
+    for x in out: x[lost] = np.nan
+    return tuple(out)
 
 def _last(s:States) -> States: # The second of each pair of control steps
     return States(*(x[:, 1::2] for x in (s.qpos, s.qvel, s.ctrl, s.now, s.before)), s.places, s.sizes)
