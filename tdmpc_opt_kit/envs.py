@@ -72,7 +72,7 @@ def _build(
     draw:bool=False, # Keep the textures at full size
 ):                   # A dm_control environment
     "The dm_control environment of a task."
-    if "dm_control" not in sys.modules: os.environ["MUJOCO_GL"] = _backend() or "disable"
+    if "dm_control._render" not in sys.modules: os.environ["MUJOCO_GL"] = _backend() or "disable"
     from dm_control import suite
     log = logging.getLogger("absl")
     level = log.level

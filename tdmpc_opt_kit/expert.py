@@ -54,12 +54,14 @@ class ExpertConfig:
 
     def __post_init__(self):
         if len(task_set(self.task)) != 1: raise ConfigError(f"An expert knows one task, not {self.task!r}.")
-        check_whole(self, decisions=1, num_envs=1, unroll=1, epochs=1, minibatches=1, width=1, starts=1, log_every=1, save_every=1, seed=0, threads=1)
+        check_whole(self, decisions=1, num_envs=1, unroll=1, epochs=1, minibatches=1, width=1, starts=1)
+        check_whole(self, log_every=1, save_every=1, seed=0, threads=1)
         check_number(self, "lr", "kl", "clip", "std_start", "std_min", "hint_end", above=True)
         check_number(self, "entropy", "hint")
         check_number(self, "trace", high=1.)
         if self.num_envs * self.unroll < self.minibatches:
-            raise ConfigError(f"minibatches must not exceed the {self.num_envs * self.unroll} decisions of a round, not {self.minibatches}.")
+            raise ConfigError(f"minibatches must not exceed the {self.num_envs * self.unroll} decisions of a round, "
+                              f"not {self.minibatches}.")
 
     @property
     def rounds(self) -> int:
@@ -68,7 +70,8 @@ class ExpertConfig:
 
 # %% ../nbs/18_expert.ipynb #e80007
 def _mlp(inputs:int, outputs:int, width:int, gain:float) -> nn.Sequential:
-    net = nn.Sequential(nn.Linear(inputs, width), nn.ELU(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, outputs))
+    hidden = nn.Linear(inputs, width), nn.ELU(), nn.Linear(width, width), nn.ELU()
+    net = nn.Sequential(*hidden, nn.Linear(width, outputs))
     for layer in net[::2]:
         nn.init.orthogonal_(layer.weight, 2**0.5)
         nn.init.zeros_(layer.bias)
@@ -134,8 +137,10 @@ def save_expert(
     "Store an expert; raises `ConfigError` for weights that are not finite."
     path, state = Path(path).expanduser(), {k: v.float() for k, v in expert.state_dict().items()}
     if wrong := [k for k, v in state.items() if not v.isfinite().all()]:
-        raise ConfigError(f"cannot store {path}: {wrong[0]!r} holds NaN or infinite numbers. The training has diverged; take an earlier checkpoint.")
-    card = dict(task=expert.spec.name, width=expert.width, value_width=expert.value_width, origin=origin, metrics=metrics or {})
+        raise ConfigError(f"cannot store {path}: {wrong[0]!r} holds NaN or infinite numbers. The training has diverged; "
+                          "take an earlier checkpoint.")
+    widths = dict(width=expert.width, value_width=expert.value_width)
+    card = dict(task=expert.spec.name, **widths, origin=origin, metrics=metrics or {})
     write_safetensors(state, path, dict(format=FORMAT, version=VERSION, config=json.dumps(jsonable(card))))
     return path
 
@@ -145,19 +150,24 @@ def load_expert(
 ) -> Expert:     # With its card as `.card`
     "Read an expert; raises `ConfigError` that names the file and what is wrong with it."
     path = Path(path).expanduser()
-    if not path.is_file(): raise ConfigError(f"{path}: there is no such file; an expert is what train_expert writes as expert.safetensors.")
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; an expert is what train_expert writes as expert.safetensors.")
     try:
         with safe_open(path, "pt") as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise ConfigError(f"{path}: not a safetensors file, or damaged ({e}).") from None
-    if meta.get("format") != FORMAT: raise ConfigError(f"{path}: not an expert; its header says {meta.get('format')!r} instead of {FORMAT!r}.")
+    except (SafetensorError, OSError) as e:
+        raise ConfigError(f"{path}: not a safetensors file, or damaged ({e}).") from None
+    if meta.get("format") != FORMAT:
+        raise ConfigError(f"{path}: not an expert; its header says {meta.get('format')!r} instead of {FORMAT!r}.")
     if meta.get("version") != VERSION:
         raise ConfigError(f"{path}: format version {meta.get('version')!r}, and this version of the kit reads {VERSION!r}.")
     try:
         card = json.loads(meta["config"])
         out = Expert(card["task"], card["width"], card["value_width"])
         out.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError) as e: raise ConfigError(f"{path}: header and weights do not fit together ({e}).") from None
-    if wrong := [k for k, v in state.items() if not v.isfinite().all()]: raise ConfigError(f"{path}: {wrong[0]!r} holds NaN or infinite numbers.")
+    except (KeyError, ValueError, TypeError, RuntimeError) as e:
+        raise ConfigError(f"{path}: header and weights do not fit together ({e}).") from None
+    if wrong := [k for k, v in state.items() if not v.isfinite().all()]:
+        raise ConfigError(f"{path}: {wrong[0]!r} holds NaN or infinite numbers.")
     out.card = card
     return out.eval()
 
@@ -179,7 +189,8 @@ class ExpertAgent(Agent):
     def choose(self, obs, task, first, rows, num):
         out = torch.zeros(len(task), MAX_ACTION)
         for i in task.unique().tolist():
-            if i not in self.experts: raise ConfigError(f"No expert for {MT30[i].name}; there is one for {', '.join(t.name for t in self.tasks)}.")
+            if i not in self.experts:
+                raise ConfigError(f"No expert for {MT30[i].name}; there is one for {', '.join(t.name for t in self.tasks)}.")
             x, at = self.experts[i], task == i
             out[at, :x.spec.action_dim] = x.act(obs[at, :x.spec.obs_dim])
         return out
@@ -204,7 +215,8 @@ class Trials:
         self.at, self.obs, self.age = np.zeros((num, SNAPSHOT)), np.zeros((num, len(obs))), np.zeros(num, np.int64)
         self.total, self.finished = np.zeros(num), []
         self._begin(np.arange(num))
-        self.age, self.total = self.rng.integers(0, EPISODE_LENGTH, num), np.full(num, np.nan)  # A part of an episode is no return
+        self.age = self.rng.integers(0, EPISODE_LENGTH, num)
+        self.total = np.full(num, np.nan)  # A part of an episode is no return
 
 @patch
 def _begin(self:Trials, which):
@@ -266,7 +278,9 @@ class Trial:
 def _begin_from(self:Trial, other:Expert):
     mine = (self.expert.spec.obs_dim, self.expert.spec.action_dim, self.expert.width, self.expert.value_width)
     its = (other.spec.obs_dim, other.spec.action_dim, other.width, other.value_width)
-    if mine != its: raise ConfigError(f"{self.cfg.init} does not fit {self.cfg.task}: observations, actions and widths are {its} instead of {mine}.")
+    if mine != its:
+        raise ConfigError(f"{self.cfg.init} does not fit {self.cfg.task}: observations, actions and widths are {its} "
+                          f"instead of {mine}.")
     self.expert.load_state_dict(other.state_dict())
     with torch.no_grad():
         self.expert.log_std.clamp_(min=math.log(self.cfg.std_start))
@@ -321,7 +335,8 @@ def _set_rate(self:Trial, kl:float):
 
 # %% ../nbs/18_expert.ipynb #e8001b
 @patch
-def _loss(self:Trial, obs, mean, action, adv, ret, old_log_std): # The loss, and how far the policy is from the one that acted
+def _loss(self:Trial, obs, mean, action, adv, ret, old_log_std):
+    "The loss, and how far the policy is from the one that acted."
     c, e = self.cfg, self.expert
     m, log_std = e.policy(obs), e.log_std
     std, old = log_std.exp(), old_log_std.exp()
@@ -338,8 +353,8 @@ def _loss(self:Trial, obs, mean, action, adv, ret, old_log_std): # The loss, and
 def state_dict(self:Trial) -> dict:
     "All that an exact continuation needs."
     t, arr = self.trials, torch.from_numpy
-    return dict(expert=self.expert.state_dict(), opt=self.opt.state_dict(), lr=self.lr, round=self.round, generator=self.generator.get_state(),
-                at=arr(t.at.copy()), obs=arr(t.obs.copy()), age=arr(t.age.copy()), total=arr(t.total.copy()),
+    return dict(expert=self.expert.state_dict(), opt=self.opt.state_dict(), lr=self.lr, round=self.round,
+                generator=self.generator.get_state(), at=arr(t.at.copy()), obs=arr(t.obs.copy()), age=arr(t.age.copy()), total=arr(t.total.copy()),
                 finished=t.finished[-256:], rng=json.dumps(t.rng.bit_generator.state))
 
 @patch
@@ -348,7 +363,9 @@ def load_state_dict(self:Trial,
 ):
     "Continue from there."
     t = self.trials
-    self.expert.load_state_dict(d["expert"]); self.opt.load_state_dict(d["opt"]); self.generator.set_state(d["generator"])
+    self.expert.load_state_dict(d["expert"])
+    self.opt.load_state_dict(d["opt"])
+    self.generator.set_state(d["generator"])
     self.lr, self.round, t.finished = d["lr"], d["round"], list(d["finished"])
     t.at, t.obs, t.age, t.total = (d[k].numpy().copy() for k in ("at", "obs", "age", "total"))
     t.rng.bit_generator.state = json.loads(d["rng"])
@@ -362,8 +379,8 @@ def _rounds(
 ):
     from tqdm import tqdm
     cfg, per = t.cfg, t.cfg.num_envs * t.cfg.unroll
-    with tqdm(total=cfg.rounds * per, initial=t.round * per, desc=f"expert {cfg.task}", unit="decision", disable=not progress,
-              mininterval=2.) as bar:
+    with tqdm(total=cfg.rounds * per, initial=t.round * per, desc=f"expert {cfg.task}", unit="decision",
+              disable=not progress, mininterval=2.) as bar:
         while t.round < cfg.rounds:
             kl = t.learn(t.gather())
             t.round += 1
@@ -372,7 +389,8 @@ def _rounds(
             if t.round % cfg.log_every == 0 or last:
                 mean = float(np.mean(t.trials.finished[-256:])) if t.trials.finished else None
                 std = float(t.expert.log_std.detach().exp().mean())
-                run.log(dict(step=t.round, decisions=t.round * per, seconds=seconds(), mean_return=mean, kl=kl, lr=t.lr, std=std))
+                run.log(dict(step=t.round, decisions=t.round * per, seconds=seconds(), mean_return=mean,
+                             kl=kl, lr=t.lr, std=std))
                 if mean is not None: bar.set_postfix(mean_return=f"{mean:.0f}")
             if t.round % cfg.save_every == 0 or last: run.save(t.round, t.state_dict() | dict(seconds=seconds()))
 
@@ -385,7 +403,8 @@ def train_expert(
     "Train an expert and leave its file in the run folder."
     run, t, state = RunFolder(out_dir), Trial(cfg), None
     if (run/"config.json").exists():
-        if not resume: raise ConfigError(f"{run.path} holds a run already. Give resume=True to go on with it, or another out_dir.")
+        if not resume:
+            raise ConfigError(f"{run.path} holds a run already. Give resume=True to go on with it, or another out_dir.")
         run.check_config(cfg, ("threads", "log_every", "save_every"))
         state = run.last()
     else: run.write_config(cfg)
@@ -398,8 +417,9 @@ def train_expert(
         _rounds(t, run, seconds, progress)
     finally: torch.set_num_threads(threads)
     curve = [{k: r[k] for k in ("decisions", "seconds", "mean_return")} for r in run.metrics()]
-    report = dict(task=cfg.task, decisions=t.round * per, updates=t.round * cfg.epochs * cfg.minibatches, seconds=seconds(),
-                  mean_return=curve[-1]["mean_return"], curve=curve)
-    save_expert(t.expert, run/"expert.safetensors", f"train_expert({cfg})", {k: report[k] for k in ("decisions", "updates", "seconds", "mean_return")})
+    report = dict(task=cfg.task, decisions=t.round * per, updates=t.round * cfg.epochs * cfg.minibatches,
+                  seconds=seconds(), mean_return=curve[-1]["mean_return"], curve=curve)
+    metrics = {k: report[k] for k in ("decisions", "updates", "seconds", "mean_return")}
+    save_expert(t.expert, run/"expert.safetensors", f"train_expert({cfg})", metrics)
     run.report(report)
     return report

@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from mujoco import rollout as mujoco_rollout
 
 from .config import ConfigError, check_number, check_whole
-from .custom_tasks import model_source
 from .envs import Sim, SNAPSHOT, small_textures
 from .tasks import ACTION_REPEAT, MAX_ACTION, MT30, task_set
 
@@ -248,6 +247,7 @@ def _hint_fish(s, task): return tolerance(np.linalg.norm(_mouth_to_target(s), ax
 
 # %% ../nbs/04_physics.ipynb #a40018
 def _model(spec) -> mujoco.MjModel: # With the sensors of `PROBES`
+    from tdmpc_opt_kit.custom_tasks import model_source  # Late: `Sim` has told dm_control by now how to draw
     xml, assets = model_source(spec)
     root = ET.fromstring(xml)
     sensors = root.find("sensor")
@@ -321,7 +321,7 @@ def roll(self:TaskPhysics,
     snapshot,    # Where to begin `[SNAPSHOT]` or `[N, SNAPSHOT]`
     action,      # Decisions in [-1, 1] `[N, T, A]`
     hint=False,  # Hints too?
-) -> tuple:      # obs `[N, T, O]`, reward `[N, T]`, snapshots that follow (without warm start) `[N, T, SNAPSHOT]`, and hints `[N, T]` if wanted
+) -> tuple:      # obs `[N, T, O]`, reward `[N, T]`, what follows `[N, T, SNAPSHOT]` (no warm start), and hints if wanted
     "Make T decisions from N states, as dm_control's `env.step` does; NaN from where a simulation diverges."
     (N, T, A), n, m = action.shape, self.substeps, self.model
     snapshot = np.broadcast_to(np.atleast_2d(snapshot), (N, SNAPSHOT))
@@ -333,9 +333,10 @@ def roll(self:TaskPhysics,
                                         initial_warmstart=np.ascontiguousarray(warm))
     at = np.arange(1, ACTION_REPEAT * T + 1) * n
     q = states[:, at - 1]
-    s = States(q[..., 1:1 + m.nq], q[..., 1 + m.nq:], np.repeat(ctrl, ACTION_REPEAT, 1), sensors[:, at], sensors[:, at - 1],
-               self.places, self.sizes)
-    lost = abs(q[..., 0] - state[:, :1] - at * m.opt.timestep) > 1e-6  # MuJoCo starts again where a state is no number any more
+    s = States(q[..., 1:1 + m.nq], q[..., 1 + m.nq:], np.repeat(ctrl, ACTION_REPEAT, 1),
+               sensors[:, at], sensors[:, at - 1], self.places, self.sizes)
+    # MuJoCo starts again, at time 0, where a state is no number any more.
+    lost = abs(q[..., 0] - state[:, :1] - at * m.opt.timestep) > 1e-6
     lost = np.logical_or.accumulate(lost, 1).reshape(N, T, ACTION_REPEAT).any(-1)
     both = lambda f: f(s, self.spec.task).reshape(N, T, ACTION_REPEAT).sum(-1)
     after = np.zeros((N, T, SNAPSHOT))
@@ -370,8 +371,9 @@ class PhysicsPlanConfig:
         check_number(self, "temperature", "std", "min_std", above=True)
         check_number(self, "corr", high=0.999)
         check_number(self, "discount", high=1., above=True)
-        if self.num_elites > self.num_samples: raise ConfigError(f"num_elites must not exceed num_samples ({self.num_samples}), not {self.num_elites}.")
-        if self.keep > self.num_elites: raise ConfigError(f"keep must not exceed num_elites ({self.num_elites}), not {self.keep}.")
+        for few, many in (("num_elites", "num_samples"), ("keep", "num_elites")):
+            if (v := getattr(self, few)) > (most := getattr(self, many)):
+                raise ConfigError(f"{few} must not exceed {many} ({most}), not {v}.")
 
 # %% ../nbs/04_physics.ipynb #a40021
 def coloured(
@@ -420,7 +422,7 @@ def plan_physics(
 
 # %% ../nbs/04_physics.ipynb #a40027
 class PhysicsAgent:
-    "Plans each decision on the true physics of its environment; an agent like any other for `collect`, `evaluate` and films."
+    "Plans each decision on the true physics; for `collect` and `evaluate` an agent like any other."
     independent, light = False, True
     def __init__(self,
         cfg:PhysicsPlanConfig=PhysicsPlanConfig(), # Settings, the same for all tasks
@@ -440,7 +442,8 @@ class PhysicsAgent:
     ):
         "The environments that the next decisions are about."
         if not hasattr(envs, "snapshot"):
-            raise ConfigError(f"PhysicsAgent needs environments with snapshot(), such as VecEnv, not {type(envs).__name__}.")
+            raise ConfigError(f"PhysicsAgent needs environments with snapshot(), such as VecEnv, not "
+                              f"{type(envs).__name__}.")
         self.envs, self.plans = envs, {}
 
 # %% ../nbs/04_physics.ipynb #a40028
@@ -454,7 +457,8 @@ def act(self:PhysicsAgent,
     "One decision for every active row; raises `ConfigError` where nobody showed it the environments."
     import torch
     if self.envs is None:
-        raise ConfigError("PhysicsAgent plans on the simulator's own state: call watch(envs) first, as roll, collect and evaluate do.")
+        raise ConfigError("PhysicsAgent plans on the simulator's own state: call watch(envs) first, as roll, collect "
+                          "and evaluate do.")
     snapshots, out = self.envs.snapshot(), np.zeros((len(task), MAX_ACTION), np.float32)
     on = np.ones(len(task), bool) if active is None else np.asarray(active, bool)
     for i in np.flatnonzero(on):
