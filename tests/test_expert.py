@@ -1,4 +1,7 @@
 """Experts: exact resume, files, and the agent in the real environments."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from tdmpc_opt_kit.evaluate import evaluate
 from tdmpc_opt_kit.expert import Expert, ExpertAgent, ExpertConfig, Trial, Trials, load_expert, save_expert, train_expert
 from tdmpc_opt_kit.tasks import EPISODE_LENGTH
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(num_envs=8, unroll=5, epochs=1, minibatches=2, starts=3, save_every=2, log_every=1)
 
 
@@ -48,7 +52,7 @@ def test_files_that_do_not_fit(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:200])
     for name, text in (("cut", "damaged"), ("none", "no such file")):
         with pytest.raises(ConfigError, match=text): load_expert(tmp_path / f"{name}.safetensors")
-    with pytest.raises(ConfigError, match="not an expert"): load_expert("data/teachers/cup-catch.safetensors")
+    with pytest.raises(ConfigError, match="not an expert"): load_expert(ROOT / "data/teachers/cup-catch.safetensors")
     broken = Expert("cup-catch")
     with torch.no_grad(): broken.log_std[0] = float("nan")
     with pytest.raises(ConfigError, match="log_std"): save_expert(broken, tmp_path / "b.safetensors")
@@ -62,3 +66,12 @@ def test_lost_environments_begin_anew():
     trials.at[1, 3] = np.nan
     reward, done, after = trials.step(np.zeros((4, 6)))
     assert done[1] and not trials.finished and np.isfinite(trials.obs).all() and np.isfinite(reward).all() and np.isfinite(after).all()
+
+
+def test_shipped_experts_play():
+    "Every expert that ships earns in a fresh episode what its table says, by and large."
+    rows = json.loads((ROOT / "data" / "measured" / "experts.json").read_text())["experts"]
+    assert {r["task"] for r in rows} == {p.stem for p in (ROOT / "data" / "experts").glob("*.safetensors")}
+    agent = ExpertAgent([ROOT / "data" / "experts" / f"{r['task']}.safetensors" for r in rows])
+    returns = evaluate(agent, [r["task"] for r in rows], episodes=2, seed=2, progress=False).returns
+    for r in rows: assert abs(np.mean(returns[r["task"]]) - r["mean"]) < 5 * r["std"] + 10, r["task"]
