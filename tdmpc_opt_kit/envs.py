@@ -53,7 +53,8 @@ def _small_textures():
     from dm_control import mujoco
     build = vars(mujoco.Physics)["from_xml_string"] # The classmethod itself: bound, it would build the base class
     def from_xml_string(cls, xml_string, assets=None):
-        return build.__func__(cls, small_textures(xml_string), {k: small_textures(v).encode() for k, v in (assets or {}).items()})
+        small = {k: small_textures(v).encode() for k, v in (assets or {}).items()}
+        return build.__func__(cls, small_textures(xml_string), small)
     mujoco.Physics.from_xml_string = classmethod(from_xml_string)
     try: yield
     finally: mujoco.Physics.from_xml_string = build

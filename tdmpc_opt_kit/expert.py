@@ -137,8 +137,8 @@ def save_expert(
     "Store an expert; raises `ConfigError` for weights that are not finite."
     path, state = Path(path).expanduser(), {k: v.float() for k, v in expert.state_dict().items()}
     if wrong := [k for k, v in state.items() if not v.isfinite().all()]:
-        raise ConfigError(f"cannot store {path}: {wrong[0]!r} holds NaN or infinite numbers. The training has diverged; "
-                          "take an earlier checkpoint.")
+        raise ConfigError(f"cannot store {path}: {wrong[0]!r} holds NaN or infinite numbers. "
+                          "The training has diverged; take an earlier checkpoint.")
     widths = dict(width=expert.width, value_width=expert.value_width)
     card = dict(task=expert.spec.name, **widths, origin=origin, metrics=metrics or {})
     write_safetensors(state, path, dict(format=FORMAT, version=VERSION, config=json.dumps(jsonable(card))))
@@ -151,7 +151,8 @@ def load_expert(
     "Read an expert; raises `ConfigError` that names the file and what is wrong with it."
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; an expert is what train_expert writes as expert.safetensors.")
+        raise ConfigError(f"{path}: there is no such file; "
+                          "an expert is what train_expert writes as expert.safetensors.")
     try:
         with safe_open(path, "pt") as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e:
@@ -159,7 +160,8 @@ def load_expert(
     if meta.get("format") != FORMAT:
         raise ConfigError(f"{path}: not an expert; its header says {meta.get('format')!r} instead of {FORMAT!r}.")
     if meta.get("version") != VERSION:
-        raise ConfigError(f"{path}: format version {meta.get('version')!r}, and this version of the kit reads {VERSION!r}.")
+        raise ConfigError(f"{path}: format version {meta.get('version')!r}, and this version of the kit "
+                          f"reads {VERSION!r}.")
     try:
         card = json.loads(meta["config"])
         out = Expert(card["task"], card["width"], card["value_width"])
@@ -190,7 +192,8 @@ class ExpertAgent(Agent):
         out = torch.zeros(len(task), MAX_ACTION)
         for i in task.unique().tolist():
             if i not in self.experts:
-                raise ConfigError(f"No expert for {MT30[i].name}; there is one for {', '.join(t.name for t in self.tasks)}.")
+                names = ", ".join(t.name for t in self.tasks)
+                raise ConfigError(f"No expert for {MT30[i].name}; there is one for {names}.")
             x, at = self.experts[i], task == i
             out[at, :x.spec.action_dim] = x.act(obs[at, :x.spec.obs_dim])
         return out
@@ -354,7 +357,8 @@ def state_dict(self:Trial) -> dict:
     "All that an exact continuation needs."
     t, arr = self.trials, torch.from_numpy
     return dict(expert=self.expert.state_dict(), opt=self.opt.state_dict(), lr=self.lr, round=self.round,
-                generator=self.generator.get_state(), at=arr(t.at.copy()), obs=arr(t.obs.copy()), age=arr(t.age.copy()), total=arr(t.total.copy()),
+                generator=self.generator.get_state(), at=arr(t.at.copy()),
+                obs=arr(t.obs.copy()), age=arr(t.age.copy()), total=arr(t.total.copy()),
                 finished=t.finished[-256:], rng=json.dumps(t.rng.bit_generator.state))
 
 @patch

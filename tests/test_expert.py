@@ -8,7 +8,8 @@ import torch
 
 from tdmpc_opt_kit.config import ConfigError
 from tdmpc_opt_kit.evaluate import evaluate
-from tdmpc_opt_kit.expert import Expert, ExpertAgent, ExpertConfig, Trial, Trials, load_expert, save_expert, train_expert
+from tdmpc_opt_kit.expert import (Expert, ExpertAgent, ExpertConfig, Trial, Trials, load_expert, save_expert,
+                                  train_expert)
 from tdmpc_opt_kit.tasks import EPISODE_LENGTH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +32,12 @@ def test_stopped_and_resumed_is_the_same(tmp_path, monkeypatch):
     a, b = (load_expert(tmp_path / k / "expert.safetensors").state_dict() for k in ("whole", "parts"))
     for k in a: assert torch.equal(a[k], b[k]), k
     with pytest.raises(ConfigError, match="hint"):
-        train_expert(ExpertConfig("finger-turn-hard", decisions=160, **SMALL), tmp_path / "parts", resume=True, progress=False)
+        other = ExpertConfig("finger-turn-hard", decisions=160, **SMALL)
+        train_expert(other, tmp_path / "parts", resume=True, progress=False)
 
 
 def test_an_expert_acts_in_the_environment(tmp_path):
-    "What was stored and loaded plays as it did in training: the same returns from Trials and from evaluate's environments."
+    "What was stored and loaded plays as it did in training: the same returns from Trials and from evaluate."
     torch.manual_seed(0)
     expert = Expert("cup-spin")
     with torch.no_grad(): expert.policy[-1].weight.mul_(30)
@@ -65,7 +67,8 @@ def test_lost_environments_begin_anew():
     trials.total[:] = 0.
     trials.at[1, 3] = np.nan
     reward, done, after = trials.step(np.zeros((4, 6)))
-    assert done[1] and not trials.finished and np.isfinite(trials.obs).all() and np.isfinite(reward).all() and np.isfinite(after).all()
+    assert done[1] and not trials.finished
+    for x in (trials.obs, reward, after): assert np.isfinite(x).all()
 
 
 def test_shipped_experts_play():

@@ -54,7 +54,8 @@ def test_threads_change_nothing():
 
 def test_agent_everywhere(tmp_path):
     "`evaluate` and `collect` show it the environments; the same seed gives the same episodes."
-    returns = [evaluate(PhysicsAgent(SMALL), "pendulum-spin,cup-spin", episodes=1, max_steps=30, progress=False).returns for _ in range(2)]
+    play = dict(episodes=1, max_steps=30, progress=False)
+    returns = [evaluate(PhysicsAgent(SMALL), "pendulum-spin,cup-spin", **play).returns for _ in range(2)]
     for t in returns[0]: np.testing.assert_array_equal(returns[0][t], returns[1][t])
     collect(PhysicsAgent(SMALL), "reacher-easy", 2, tmp_path / "store", max_steps=8, progress=False)
     assert Store.open_or_create(tmp_path / "store").num_episodes("reacher-easy") == 2
